@@ -1,0 +1,100 @@
+// What the forward and the backward pass of attention share: shapes, packing, the loop over tasks.
+#pragma once
+#include <omp.h>
+
+#include <cmath>
+
+#include "../common/gemm.h"
+#include "../common/rows.h"
+
+namespace difuse {
+namespace DIFUSE_ISA {
+namespace {
+
+constexpr int64_t kPanel = 2 * VL;  // keys side by side in a packed panel: the width of the score micro kernel
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kInfinity = __builtin_inff();
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Element (b, s, h, 0) of a [B,S,H,D] tensor.
+char* head_row(const Tensor& t, int64_t b, int64_t s, int64_t h) {
+  return t.data + (b * t.stride[0] + s * t.stride[1] + h * t.stride[2]) * element_size(t.dtype);
+}
+
+struct Shape {
+  int64_t B, Sq, Sk, H, Hkv, D;
+  int64_t width;  // D in whole vectors
+  int64_t ld;     // floats per row in scratch: odd in cache lines, or column strips would fight for the same L1 sets
+  Shape(const Tensor& q, const Tensor& k)
+      : B(q.size[0]), Sq(q.size[1]), Sk(k.size[1]), H(q.size[2]), Hkv(k.size[2]), D(q.size[3]),
+        width(round_up(D, VL)), ld(width % 32 ? width : width + 16) {}
+  int64_t group() const { return H / Hkv; }
+  int64_t pairs() const { return B * Hkv; }
+  int64_t panel_floats() const { return width * kPanel; }
+  int64_t transposed_floats() const { return ceil_div(Sk, kPanel) * panel_floats(); }
+  int64_t row_floats() const { return Sk * ld; }
+  int64_t bias_floats() const { return round_up(Sk, kPanel); }
+};
+
+// Keys that sample b may see.
+int64_t visible_keys(const Tensor& kv_lengths, int64_t b, int64_t Sk) {
+  if (!kv_lengths) return Sk;
+  const int64_t n = reinterpret_cast<const int32_t*>(kv_lengths.data)[b * kv_lengths.stride[0]];
+  return n < 0 ? 0 : n > Sk ? Sk : n;
+}
+
+// `rows` rows of one head as float32, zeros beyond D.
+void load_rows(float* to, const Shape& shape, const Tensor& t, int64_t b, int64_t s, int64_t h, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i, to += shape.ld) {
+    load_row(to, head_row(t, b, s + i, h), t.dtype, shape.D);
+    for (int64_t d = shape.D; d < shape.width; ++d) to[d] = 0;
+  }
+}
+
+// Rows [begin, begin + kPanel) below `end` as one panel [width][kPanel]; missing keys are zeros. `rows` is scratch.
+void pack_panel(float* to, float* rows, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end,
+                int64_t h) {
+  const int64_t n = end - begin < kPanel ? end - begin : kPanel;
+  load_rows(rows, shape, t, b, begin, h, n);
+  if (n < kPanel) std::memset(rows + n * shape.ld, 0, (kPanel - n) * shape.ld * 4);
+  for (int64_t d = 0; d < shape.width; ++d)
+    for (int64_t j = 0; j < kPanel; ++j) to[d * kPanel + j] = rows[j * shape.ld + d];
+}
+
+// key_bias of sample b in units of log2, for keys [begin, end).
+void load_bias(float* to, const Tensor& bias, int64_t b, int64_t begin, int64_t end) {
+  with_type(bias.dtype, [&](auto type) {
+    const auto* p = reinterpret_cast<const decltype(type)*>(bias.data) + b * bias.stride[0];
+    for (int64_t j = begin; j < end; ++j) to[j] = to_float(p[j * bias.stride[1]]) * kLog2e;
+  });
+}
+
+// scores[rows, cols rounded up to whole panels] = left [rows, D] times the panels from key `begin` on.
+void score_block(float* scores, int64_t ld_scores, const Shape& shape, const float* left, int64_t rows,
+                 const float* panels, int64_t begin, int64_t cols) {
+  for (int64_t j = 0; j < cols; j += kPanel)
+    gemm<false>(rows, kPanel / VL, shape.D, {left, shape.ld, 1}, panels + (begin + j) / kPanel * shape.panel_floats(),
+                kPanel, scores + j, ld_scores);
+}
+
+// Enough (batch, key head) pairs to keep all threads busy with whole pairs? `percent`: the least worthwhile share.
+bool whole_pairs(int64_t pairs, int64_t percent) {
+  const int64_t threads = omp_get_max_threads();
+  return pairs * 100 >= ceil_div(pairs, threads) * threads * percent;
+}
+
+// body(i, scratch) for every i; scratch has `floats` floats and belongs to the thread. `flops`: of all tasks together.
+template <class F> void each_task(int64_t n, double flops, int64_t floats, F body) {
+#pragma omp parallel if (n > 1 && flops > 1e6)
+  {
+    const Scratch scratch(floats);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < n; ++i) body(i, scratch.data);
+  }
+}
+
+}  // namespace
+}  // namespace DIFUSE_ISA
+}  // namespace difuse

@@ -1,0 +1,152 @@
+// Vectors of float on GCC's vector extensions: one source for every instruction set, VL lanes each.
+// Everything lives in the namespace of its instruction set and is static, so that no function compiled for a newer CPU
+// can be merged by the linker into code that runs on an older one.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#include "ops.h"
+
+namespace difuse {
+namespace DIFUSE_ISA {
+
+#if defined(DIFUSE_VL)  // a test build: wide vectors on a CPU that has none
+constexpr int VL = DIFUSE_VL;
+#elif defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+static inline float bits_to_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+static inline uint32_t float_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+
+static inline vf splat(float a) { return vf{} + a; }
+static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+
+static inline float hsum(vf v) {  // a fixed tree: the same bits every time
+#if defined(__clang__)
+  for (int w = VL / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) v[i] += v[i + w];
+#else
+  for (int w = VL / 2; w; w /= 2) {
+    vi partner;
+    for (int i = 0; i < VL; ++i) partner[i] = i ^ w;
+    v += __builtin_shuffle(v, partner);
+  }
+#endif
+  return v[0];
+}
+static inline float hmax(vf v) {
+  float best = v[0];
+  for (int i = 1; i < VL; ++i) best = v[i] > best ? v[i] : best;
+  return best;
+}
+
+// --- one element -----------------------------------------------------------------------------------------------------
+static inline float to_float(float a) { return a; }
+static inline float to_float(bf16 a) { return bits_to_float(uint32_t(a.bits) << 16); }
+static inline float to_float(f16 a) {
+  const uint32_t sign = uint32_t(a.bits & 0x8000) << 16, rest = a.bits & 0x7fff;
+  if (rest >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (rest & 0x3ff) << 13);  // inf, nan
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * 0x1p112f));    // 2^112 mends the exponent bias
+}
+static inline void from_float(float f, float& out) { out = f; }
+static inline void from_float(float f, bf16& out) {  // round to nearest even; a nan stays a quiet nan
+  const uint32_t u = float_to_bits(f);
+  out.bits = f != f ? 0x7fc0 : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+static inline void from_float(float f, f16& out) {
+  const uint32_t u = float_to_bits(f), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
+  if (rest > 0x7f800000) { out.bits = uint16_t(sign | 0x7e00); return; }
+  if (rest >= 0x47800000) { out.bits = uint16_t(sign | 0x7c00); return; }  // 65536 and more: inf
+  if (rest < 0x38800000) {  // subnormal in f16: let a float addition do the rounding
+    out.bits = uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000));
+    return;
+  }
+  out.bits = uint16_t(sign | (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13);
+}
+
+// --- VL elements -----------------------------------------------------------------------------------------------------
+static inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+static inline vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  const vu u = __builtin_convertvector(h, vu) << 16;
+  return (vf)u;
+}
+static inline vf load(const f16* p) {
+#if defined(__AVX512F__) && !defined(DIFUSE_VL)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && !defined(DIFUSE_VL)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf v;
+  for (int i = 0; i < VL; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline vh to_bf16(vf v) {
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  const vu nan = vu{} + 0x7fc0;
+  return __builtin_convertvector(v != v ? nan : rounded, vh);
+}
+static inline void store(bf16* p, vf v) { const vh h = to_bf16(v); std::memcpy(p, &h, sizeof h); }
+static inline void store(f16* p, vf v) {
+#if defined(__AVX512F__) && !defined(DIFUSE_VL)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && !defined(DIFUSE_VL)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < VL; ++i) from_float(v[i], p[i]);
+#endif
+}
+
+// The first n < VL elements; lanes beyond them read as zero and are not written.
+template <class T> static inline vf load(const T* p, int n) {
+  T part[VL] = {};
+  for (int i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+template <class T> static inline void store(T* p, vf v, int n) {
+  T part[VL];
+  store(part, v);
+  for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// 2^x. Cephes-style: 2^round(x) by the exponent bits, 2^fraction by a polynomial; relative error below 2e-7.
+// x <= -127 gives 0 (so -inf does), x is expected below 128; a nan stays a nan.
+static inline vf exp2(vf x) {
+  const vf clamped = x < -127.f ? splat(-127.f) : x;
+  const vf shifted = clamped + 0x1.8p23f;  // the integer part lands in the low mantissa bits
+  const vi n = (vi)shifted - 0x4b400000;
+  const vf f = clamped - (shifted - 0x1.8p23f);
+  vf p = splat(1.535336188319500e-4f);
+  p = p * f + 1.339887440266574e-3f;
+  p = p * f + 9.618437357674640e-3f;
+  p = p * f + 5.550332471162809e-2f;
+  p = p * f + 2.402264791363012e-1f;
+  p = p * f + 6.931472028550421e-1f;
+  p = p * f + 1.f;
+  const vf scale = (vf)((n + 127) << 23);
+  return x < -126.f ? vf{} : p * scale;
+}
+
+}  // namespace DIFUSE_ISA
+}  // namespace difuse

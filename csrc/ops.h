@@ -1,0 +1,72 @@
+// The native table of contents: every CPU kernel's signature. Plain pointers, sizes and strides; nothing of torch here.
+// Each *_cpu.cpp is compiled once per instruction set into its own namespace; bindings.cpp picks one table at import.
+#pragma once
+#include <cstdint>
+
+namespace difuse {
+
+enum class DType : int { f32, bf16, f16, i32 };
+
+constexpr int kMaxDims = 8;
+
+// A strided view of somebody else's memory. Strides count elements. data == nullptr means "not given" (or no element).
+struct Tensor {
+  char* data = nullptr;
+  DType dtype = DType::f32;
+  int ndim = 0;
+  int64_t size[kMaxDims] = {};
+  int64_t stride[kMaxDims] = {};
+  explicit operator bool() const { return data != nullptr; }
+};
+
+constexpr int kMaxList = 8;
+
+// Up to kMaxList tensors, any of which may be absent.
+struct TensorList {
+  Tensor item[kMaxList];
+  int n = 0;
+};
+
+// X(name, arguments): outputs are preallocated by the caller and overwritten, never accumulated into.
+#define DIFUSE_CPU_OPS(X)                                                                                              \
+  /* lse [B,H,Sq] f32, log2 of the sum of exponentials, may be absent; so may kv_lengths and key_bias. */              \
+  X(attention_forward, (const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_lengths,                   \
+                        const Tensor& key_bias, float scale, const Tensor& out, const Tensor& lse))                    \
+  /* x_new (absent when y is), h; mean and rstd [B,S] f32 may be absent. scale, shift, gate: [B,D] is one row per       \
+     sample, [B,S,D] one per token; weight, bias [D]. */                                                               \
+  X(adaln_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& scale, const Tensor& shift,    \
+                    const Tensor& weight, const Tensor& bias, bool rms, float eps, const Tensor& x_new,                \
+                    const Tensor& h, const Tensor& mean, const Tensor& rstd))                                          \
+  /* Gradients that are absent are not computed. scale and shift are both per sample or both per token; dscale and     \
+     dshift have their shape and any dtype, dgate has gate's. */                                                       \
+  X(adaln_backward, (const Tensor& dx_new, const Tensor& dh, const Tensor& x_new, const Tensor& y, const Tensor& gate, \
+                     const Tensor& scale, const Tensor& shift, const Tensor& weight, const Tensor& bias,               \
+                     const Tensor& mean, const Tensor& rstd, bool rms, const Tensor& dx, const Tensor& dy,             \
+                     const Tensor& dgate, const Tensor& dscale, const Tensor& dshift, const Tensor& dweight,           \
+                     const Tensor& dbias))                                                                             \
+  /* image [B,C,(F,)H,W] <-> tokens [B,S,K], whose elements lie in `order` (letters of "ctpq", slowest first; without a  \
+     "t" t is 1). The last dimension of both is contiguous; one is read, the other written. */                        \
+  X(patchify, (const Tensor& image, const Tensor& tokens, int64_t t, int64_t p, int64_t q, const char* order,          \
+               bool to_image))                                                                                         \
+  /* outputs[i] = sum_j coefficients[i,j] * inputs[j], coefficients f32 [I,J] or [B,I,J]; inputs and coefficients have  \
+     any strides, outputs are contiguous. Absent inputs count as zeros, absent outputs are not computed. */            \
+  X(sampler_step, (const TensorList& inputs, const Tensor& coefficients, const TensorList& outputs))                   \
+  X(gate_residual_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& out))                  \
+  X(gate_residual_backward, (const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy,                \
+                             const Tensor& dgate))
+
+struct CpuOps {
+#define DIFUSE_POINTER(name, arguments) void(*name) arguments;
+  DIFUSE_CPU_OPS(DIFUSE_POINTER)
+#undef DIFUSE_POINTER
+};
+
+#ifdef DIFUSE_ISA
+namespace DIFUSE_ISA {
+#define DIFUSE_DECLARE(name, arguments) void name arguments;
+DIFUSE_CPU_OPS(DIFUSE_DECLARE)
+#undef DIFUSE_DECLARE
+}  // namespace DIFUSE_ISA
+#endif
+
+}  // namespace difuse

@@ -1,0 +1,25 @@
+"""A flow-matching model where a VP sampler expects one: the two paths are the same lines at other scales and times."""
+from torch import nn
+
+
+class FlowAsVP(nn.Module):
+    """`model` (velocity, as `Flow` trains it) seen as a network that predicts x0 on the VP `process`.
+
+    Divided by alpha + sigma, x_t = alpha*x0 + sigma*noise lies on the straight path at time sigma / (alpha + sigma);
+    the velocity there gives x0. So ddim and ddpm run on a flow-trained model, with their own spacing of noise levels:
+
+        sample(FlowAsVP(model, process), labels, process=process, prediction="x0", sampler="ddim")
+    """
+
+    def __init__(self, model, process):
+        super().__init__()
+        self.model, self.process = model, process
+        self.config, self.num_classes = model.config, model.num_classes
+
+    def forward(self, x, t, y):
+        """x [B,C,H,W], t [B] int64 of the VP process, y [B] -> x0 [B,C,H,W] in x's dtype."""
+        alpha, sigma = self.process.alpha_sigma(t)                                        # [B] float64
+        flow_time = (sigma / (alpha + sigma)).to(x.dtype)                                 # [B]
+        x_flow = x * (1 / (alpha + sigma)).to(x.dtype).reshape(-1, 1, 1, 1)               # [B,C,H,W]
+        velocity = self.model(x_flow, 1000 * flow_time, y)[:, : x.shape[1]]               # [B,C,H,W]
+        return x_flow - flow_time.reshape(-1, 1, 1, 1) * velocity                         # [B,C,H,W]

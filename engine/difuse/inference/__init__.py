@@ -1,0 +1,1 @@
+"""Running trained models. `difuse.sample` is `difuse.inference.sample.sample`."""

@@ -1,0 +1,52 @@
+"""Class-conditional images from a trained model."""
+import torch
+from tqdm import tqdm
+
+from difuse.diffusion.samplers import SAMPLERS, initial_noise
+
+
+@torch.no_grad()
+def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guidance=1.5, seeds=None, batch_size=None,
+           progress=False, callback=None):
+    """One image per label: float32 [N,C,H,W] on the model's device.
+
+    model: as `difuse.models.DiT`, with `config["in_channels"]`, `config["input_size"]` and `num_classes`; it runs in
+    eval mode and goes back to the mode it was in. labels: int64 [N] or a list of ints. process, prediction: what it
+    was trained with. sampler: "ddpm", "ddim" or "flow_euler". seeds: one integer per image (default 0, 1, 2, ...); an
+    image depends on its seed and label, not on batch_size. progress shows a bar of model calls. callback(step, x) is
+    called after every step of every batch. Raises ValueError or TypeError for what does not fit.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sample: sampler {sampler!r} is unknown; expected one of {', '.join(SAMPLERS)}")
+    device = next(model.parameters()).device
+    labels = torch.as_tensor(labels, device=device)
+    if labels.dim() != 1 or len(labels) == 0:
+        raise ValueError(f"sample: labels have shape {tuple(labels.shape)}; expected [N] with N >= 1")
+    seeds = range(len(labels)) if seeds is None else list(seeds)
+    if len(seeds) != len(labels):
+        raise ValueError(f"sample: {len(seeds)} seeds for {len(labels)} labels; give one integer per label")
+    batch_size = len(labels) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise ValueError(f"sample: batch_size is {batch_size}; expected at least 1")
+
+    shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
+    batches = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
+    was_training = model.training
+    model.eval()
+    try:
+        with tqdm(total=steps * len(batches), desc=sampler, unit="step", disable=not progress) as bar:
+
+            def after_step(step, x):
+                bar.update()
+                if callback is not None:
+                    callback(step, x)
+
+            images = []
+            for batch in batches:
+                noise, generators = initial_noise(shape, seeds[batch], device)
+                images.append(SAMPLERS[sampler](
+                    model, noise, process=process, steps=steps, prediction=prediction, labels=labels[batch],
+                    guidance=guidance, generators=generators, callback=after_step))
+    finally:
+        model.train(was_training)
+    return torch.cat(images)

@@ -1,0 +1,135 @@
+"""adaLN: norm_modulate, gate_residual and both in one pass. Peebles & Xie 2023 (arXiv:2212.09748), figure 3.
+
+    norm_modulate(x)   = norm(x) * (1 + scale) + shift      norm(x) = LayerNorm or RMSNorm over D, then weight, bias
+    gate_residual(x,y) = x + gate * y
+
+x, y [B,S,D]; scale, shift, gate [B,D] (one row per sample) or [B,S,D] (one per token); weight, bias [D].
+The last dimension is contiguous, every other stride is free, so chunks of one projection need no copy. Dtypes may
+be mixed (float32, bfloat16, float16; float64 on the reference); sums are float32; results have x's dtype.
+"""
+import torch
+
+from difuse_kernels.checks import check_one_of, check_same_device, check_shape, check_tensor, needs_grad
+from difuse_kernels.dispatch import Op
+
+_STEM = "difuse_kernels.adaln.adaln"
+NORM_MODULATE = Op("norm_modulate", _STEM, "cpu")
+GATE_RESIDUAL = Op("gate_residual", _STEM, "cpu")
+GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", _STEM, "cpu")
+
+
+def _check(op, x, y, modulations, norm=None, weight=None, bias=None):
+    check_tensor(op, "x", x, "[B,S,D]", 3)
+    check_tensor(op, "y", y, "[B,S,D]", 3)
+    per_token = x.shape
+    per_sample = (per_token[0], per_token[2])
+    check_shape(op, "y", y, per_token)
+    for name, value in modulations:
+        if value is not None:
+            check_shape(op, name, value, per_sample, per_token)
+    if norm is not None:
+        check_one_of(op, "norm", norm, ("layer", "rms"))
+        check_shape(op, "weight", weight, per_token[2:])
+        check_shape(op, "bias", bias, per_token[2:])
+
+
+class _NormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(implementation, x, scale, shift, weight, bias, norm, eps):
+        return implementation.forward(x, scale, shift, weight, bias, norm, eps, save=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.implementation, x, scale, shift, weight, bias, ctx.norm, _ = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, scale, shift, weight, bias, mean, rstd)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _mean, _rstd):
+        needs = ctx.needs_input_grad[1:6]
+        grads = ctx.implementation.backward(grad, *ctx.saved_tensors, ctx.norm, needs)
+        return None, *grads, None, None
+
+
+class _GateResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(implementation, x, y, gate):
+        return implementation.forward(x, y, gate)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.implementation, x, y, gate = inputs
+        ctx.x_dtype = x.dtype
+        ctx.save_for_backward(y, gate)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[1:]
+        return None, *ctx.implementation.backward(grad, *ctx.saved_tensors, ctx.x_dtype, needs)
+
+
+class _GateResidualNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(implementation, x, y, gate, scale, shift, weight, bias, norm, eps):
+        return implementation.forward(x, y, gate, scale, shift, weight, bias, norm, eps, save=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.implementation, _, y, gate, scale, shift, weight, bias, ctx.norm, _ = inputs
+        x_new, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_new, y, gate, scale, shift, weight, bias, mean, rstd)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_x, grad_h, _mean, _rstd):
+        needs = ctx.needs_input_grad[1:8]
+        grads = ctx.implementation.backward(grad_x, grad_h, *ctx.saved_tensors, ctx.norm, needs)
+        return None, *grads, None, None
+
+
+def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=None, eps=1e-6, backend="auto"):
+    """norm(x) * (1 + scale) + shift, shape and dtype of x. Shapes and errors: see the module's docstring.
+
+    Raises ValueError or TypeError for a wrong shape, dtype, device or name, RuntimeError where `backend` cannot run.
+    """
+    _check("norm_modulate", x, x, (("scale", scale), ("shift", shift)), norm, weight, bias)
+    inputs = (x, scale, shift, weight, bias)
+    check_same_device("norm_modulate", inputs)
+    implementation = NORM_MODULATE.select(backend, inputs)
+    if implementation.backward is None:
+        return implementation.forward(*inputs, norm, eps)
+    if needs_grad(*inputs):
+        return _NormModulate.apply(implementation, *inputs, norm, eps)[0]
+    return implementation.forward(*inputs, norm, eps, save=False)[0]
+
+
+def gate_residual(x, y, gate=None, *, backend="auto"):
+    """x + gate * y, shape and dtype of x; gate None means 1. Errors as in `norm_modulate`."""
+    _check("gate_residual", x, y, (("gate", gate),))
+    inputs = (x, y, gate)
+    check_same_device("gate_residual", inputs)
+    implementation = GATE_RESIDUAL.select(backend, inputs)
+    if implementation.backward is not None and needs_grad(*inputs):
+        return _GateResidual.apply(implementation, *inputs)
+    return implementation.forward(*inputs)
+
+
+def gate_residual_norm_modulate(x, y, gate=None, scale=None, shift=None, *, norm="layer", weight=None, bias=None,
+                                eps=1e-6, backend="auto"):
+    """(x', norm_modulate(x', scale, shift)) with x' = gate_residual(x, y, gate), in one pass over memory."""
+    modulations = (("gate", gate), ("scale", scale), ("shift", shift))
+    _check("gate_residual_norm_modulate", x, y, modulations, norm, weight, bias)
+    inputs = (x, y, gate, scale, shift, weight, bias)
+    check_same_device("gate_residual_norm_modulate", inputs)
+    implementation = GATE_RESIDUAL_NORM_MODULATE.select(backend, inputs)
+    if implementation.backward is None:
+        return implementation.forward(*inputs, norm, eps)
+    if needs_grad(*inputs):
+        return _GateResidualNormModulate.apply(implementation, *inputs, norm, eps)[:2]
+    return implementation.forward(*inputs, norm, eps, save=False)[:2]

@@ -1,0 +1,29 @@
+"""attention on the C++ CPU kernels: allocate the outputs, hand over, return. Kernels: csrc/attention/."""
+import torch
+
+from difuse_kernels.checks import KERNEL_DTYPES, dense_last, why_not_cpu
+from difuse_kernels.native import ext
+
+
+def unsupported(_op, inputs):
+    """Why these inputs cannot run here, or None."""
+    q, k, v, _, key_bias = inputs
+    head_dim = q.shape[3]
+    if head_dim % 8 or head_dim > 256:
+        return "the head dimension is not a multiple of 8 up to 256"
+    if key_bias is not None and key_bias.dtype not in KERNEL_DTYPES:
+        return f"key_bias has dtype {key_bias.dtype}; the kernels take float32, bfloat16 and float16"
+    return why_not_cpu((q, k, v))
+
+
+def attention_forward(q, k, v, kv_lengths, key_bias, scale, save):
+    """(out, lse); lse is None unless `save`."""
+    batch, queries, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32) if save else None
+    ext.attention_forward(q, k, v, kv_lengths, key_bias, scale, out, lse)
+    return out, lse
+
+
+def attention_backward(*_):
+    raise NotImplementedError

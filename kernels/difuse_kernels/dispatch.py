@@ -1,0 +1,133 @@
+"""Which backend runs an op, and why not the others. This file knows no op.
+
+Every op folder holds one module per backend. A kernel module offers `unsupported(op, inputs) -> str | None` (a
+sentence without sizes in it, so that reasons can be counted), `<op>_forward` and `<op>_backward`; the reference
+module offers `<op>` itself, in differentiable PyTorch.
+"""
+import contextlib
+import contextvars
+import importlib
+import os
+import warnings
+from collections import Counter
+
+import torch
+
+from difuse_kernels import native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+# "auto" takes the first of these that does not refuse; a device not named here has the reference only
+ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# what keeps a backend from running anything at all here: a reason, or None
+MISSING = {"reference": lambda: None, "cpu": native.missing}
+
+OPS = {}  # name -> Op, in order of definition
+_forced = contextvars.ContextVar("difuse_backend", default="auto")
+_warned = set()
+
+
+class Implementation:
+    """One backend's functions for one op. `backward` is None for the reference, which autograd differentiates."""
+
+    def __init__(self, name, forward, backward):
+        self.name, self.forward, self.backward = name, forward, backward
+
+
+class Op:
+    """A named op with a module per backend, e.g. Op("attention", "difuse_kernels.attention.attention", "cpu")."""
+
+    def __init__(self, name, stem, *backends):
+        self.name, self.stem, self.backends = name, stem, ("reference", *backends)
+        self.chosen = Counter()  # (backend, ((refused backend, reason), ...)) -> calls
+        self._implementations = {}
+        OPS[name] = self
+
+    def implementation(self, backend):
+        """The backend's functions, imported on first use."""
+        found = self._implementations.get(backend)
+        if found is None:
+            module = importlib.import_module(f"{self.stem}_{backend}")
+            if backend == "reference":
+                found = Implementation(backend, getattr(module, self.name), None)
+            else:
+                found = Implementation(
+                    backend, getattr(module, f"{self.name}_forward"), getattr(module, f"{self.name}_backward")
+                )
+                found.unsupported = module.unsupported
+            self._implementations[backend] = found
+        return found
+
+    def refusal(self, backend, inputs):
+        """Why `backend` does not take these inputs, or None. With inputs None: why it can run nothing here."""
+        if backend not in self.backends:
+            return "not written for this op yet"
+        missing = MISSING[backend]()
+        if missing or backend == "reference" or inputs is None:
+            return missing
+        return self.implementation(backend).unsupported(self.name, inputs)
+
+    def select(self, requested, inputs):
+        """The implementation to run. `inputs` is a tuple of tensors (or None) whose first entry is a tensor."""
+        if torch.compiler.is_compiling():  # Inductor fuses the reference expression with its neighbours
+            return self.implementation("reference")
+        if requested == "auto":
+            requested = _forced.get()
+        refusals = ()
+        for backend in ORDER.get(inputs[0].device.type, ("reference",)) if requested == "auto" else (requested,):
+            reason = self.refusal(backend, inputs)
+            if reason is None:
+                self.chosen[backend, refusals] += 1
+                if refusals and requested == "auto":
+                    self._announce(backend, refusals)
+                return self.implementation(backend)
+            refusals += ((backend, reason),)
+        raise self._unsupported(requested, inputs)
+
+    def _announce(self, backend, refusals):
+        for refused, reason in refusals:
+            key = (None if MISSING.get(refused, str)() else self.name, refused)
+            if refused in self.backends and key not in _warned:
+                _warned.add(key)
+                text = f"difuse: {self.name} runs on '{backend}', not on '{refused}': {reason}"
+                if os.environ.get("DIFUSE_FAIL_ON_FALLBACK") == "1":
+                    raise RuntimeError(text)
+                warnings.warn(text, stacklevel=4)
+
+    def _unsupported(self, requested, inputs):
+        if requested not in BACKENDS:
+            return ValueError(f"{self.name}: backend {requested!r} is unknown; expected 'auto' or one of {BACKENDS}")
+        got = ", ".join("None" if t is None else f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in inputs)
+        reasons = "; ".join(f"{name}: {self.refusal(name, inputs) or 'ready'}" for name in BACKENDS)
+        return RuntimeError(f"{self.name}: backend '{requested}' cannot run inputs [{got}]. Per backend: {reasons}. "
+                            "Choose one that is ready, or backend='auto'.")
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """Inside the block every op called with backend="auto" runs on `name`, or raises if it cannot.
+
+    `use_backend("reference")` turns a model into its slow, plain-PyTorch self. Nested blocks override outer ones.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"use_backend: {name!r} is unknown; expected 'auto' or one of {BACKENDS}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain():
+    """What ran where since the process began (or `explain_reset`): one line per op, backend and set of refusals."""
+    lines = []
+    for op in OPS.values():
+        for (backend, refusals), calls in op.chosen.items():
+            why = "".join(f"; not {name}: {reason}" for name, reason in refusals)
+            lines.append(f"{op.name:28} {backend:10} {calls:>9} calls{why}")
+    return "\n".join(lines) or "no op has run yet"
+
+
+def explain_reset():
+    """Forget the calls counted for `explain`."""
+    for op in OPS.values():
+        op.chosen.clear()

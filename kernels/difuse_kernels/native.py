@@ -1,0 +1,36 @@
+"""Loads the C++ extension, if this installation has one.
+
+The extension shares torch's OpenMP runtime: its GOMP symbols stay unresolved until load and bind to the one that
+torch has already loaded, so torch must be imported first and `torch.set_num_threads` rules.
+"""
+import os
+
+import torch  # first, so that its OpenMP runtime is in the process
+
+ext = None  # the module, or None
+_missing = None  # why there is none
+try:
+    from difuse_kernels import _native as ext
+except ImportError as error:
+    _missing = f"the C++ extension is not loaded ({error}); reinstall with a C++17 compiler at hand (g++)"
+else:
+    try:
+        ext.choose_isa(os.environ.get("DIFUSE_ISA", ""))
+    except RuntimeError as error:
+        raise ImportError(f"difuse_kernels: {error}") from None
+
+
+def missing():
+    """Why the native module cannot be used here, or None."""
+    return _missing
+
+
+HUGE_BYTES = 4 << 20  # from here on a fresh output's page faults cost more than the kernel that fills it
+
+
+def empty(shape, dtype):
+    """torch.empty on the CPU, in large pages where the tensor is large."""
+    tensor = torch.empty(shape, dtype=dtype)
+    if tensor.nbytes >= HUGE_BYTES:
+        ext.prefer_huge_pages(tensor, tensor.nbytes)
+    return tensor

@@ -1,0 +1,92 @@
+"""The error budget: how far a kernel may be from the truth, given how far eager PyTorch is.
+
+    |ours - oracle| <= 1.5 * max |eager - oracle| + one rounding of the result
+
+oracle: the reference in float64 on the same (rounded) inputs; eager: `testing/eager.py` in the dtype under test.
+"""
+from dataclasses import dataclass
+
+import torch
+
+import difuse_kernels
+from difuse_kernels.dispatch import OPS
+from difuse_kernels.testing.case import Maker, outgoing
+from difuse_kernels.testing.eager import EAGER
+
+FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Line:
+    """One compared tensor: an output ("out0") or the gradient of a leaf ("grad x")."""
+
+    name: str
+    error: float  # the largest error beyond one rounding of the oracle
+    eager_error: float
+    largest: float  # the oracle's largest magnitude
+    finite: bool
+
+    @property
+    def ok(self):
+        """Whether the error is within the budget."""
+        return self.finite and self.error <= FACTOR * self.eager_error
+
+
+def run(function, case, dtype, *, work=None, only=None, grads=True, **keywords):
+    """(outputs, {leaf: gradient}) of one call of `function` on the case. Gradients are of a random scalar product."""
+    make = Maker(dtype, work=work, only=only)
+    args, kwargs = case.build(make)
+    outputs = function(*args, **kwargs, **keywords)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    leaves = {name: leaf for name, leaf in make.leaves.items() if leaf.requires_grad} if grads else {}
+    if not leaves:
+        return outputs, {}
+    incoming = [outgoing(out, case.grad, seed=100 * (i + 1), only=only) for i, out in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, list(leaves.values()), incoming, allow_unused=True)
+    return outputs, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def oracle(case, dtype, *, outputs, grads=True):
+    """The reference in float64 on the values that `dtype` holds, incoming gradients rounded like `outputs`."""
+    reference = getattr(difuse_kernels, case.op)
+    make = Maker(dtype, work=torch.float64)
+    args, kwargs = case.build(make)
+    kwargs.pop("out_dtypes", None)
+    truth = reference(*args, **kwargs, backend="reference")
+    truth = truth if isinstance(truth, tuple) else (truth,)
+    leaves = {name: leaf for name, leaf in make.leaves.items() if leaf.requires_grad} if grads else {}
+    if not leaves:
+        return truth, {}
+    incoming = [outgoing(out, case.grad, seed=100 * (i + 1), work=torch.float64) for i, out in enumerate(outputs)]
+    found = torch.autograd.grad(truth, list(leaves.values()), incoming, allow_unused=True)
+    return truth, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+def compare(name, ours, eager, truth):
+    """A Line for one tensor."""
+    if truth.numel() == 0:
+        return Line(name, 0.0, 0.0, 0.0, ours.shape == truth.shape)
+    unit = torch.finfo(ours.dtype).eps / 2
+    tiny = torch.finfo(ours.dtype).smallest_normal
+    ours, eager, truth = ours.double(), eager.double(), truth.double()
+    error = ((ours - truth).abs() - unit * truth.abs() - tiny).clamp(min=0).max().item()
+    return Line(name, error, (eager - truth).abs().max().item(), truth.abs().max().item(),
+                bool(torch.isfinite(ours).all()))
+
+
+def check_case(case, dtype, backend, grads=True):
+    """Lines for every output and gradient of the case on `backend`. The caller asserts `line.ok`."""
+    op = getattr(difuse_kernels, case.op)
+    ours, our_grads = run(op, case, dtype, grads=grads, backend=backend)
+    eager, eager_grads = run(EAGER[case.op], case, dtype, grads=grads)
+    truth, true_grads = oracle(case, dtype, outputs=ours, grads=grads)
+    if set(our_grads) != set(true_grads):
+        raise AssertionError(f"{case}: gradients for {sorted(our_grads)}, expected {sorted(true_grads)}")
+    lines = [compare(f"out{i}", *row) for i, row in enumerate(zip(ours, eager, truth, strict=True))]
+    lines += [compare(f"grad {n}", our_grads[n], eager_grads[n], g) for n, g in true_grads.items()]
+    return lines
+
+
+def backends_here(op, device="cpu"):
+    """The backends that can run `op` on this machine, the reference first."""
+    return [name for name in OPS[op].backends if OPS[op].refusal(name, None) is None]

@@ -1,0 +1,156 @@
+"""Every op x available backend x named case against the five numerics promises (difuse_kernels/testing/numerics.py)."""
+import pytest
+import torch
+from difuse_kernels.testing.case import Maker
+from difuse_kernels.testing.cases import cases
+from difuse_kernels.testing.numerics import backends_here, check_case, run
+
+import difuse_kernels
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FENCE = 64  # elements on either side of every output
+SENTINEL = 12345.0
+
+every_case = pytest.mark.parametrize("case", cases(), ids=str)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+
+def kernels(case):
+    """The kernel backends of the case's op on this machine; with none, one placeholder that skips in sight."""
+    return [name for name in backends_here(case.op) if name != "reference"] or ["none built here"]
+
+
+each_kernel = pytest.mark.parametrize(
+    "case, backend", [pytest.param(c, b, id=f"{c}-{b}") for c in cases() for b in kernels(c)])
+
+
+def same_bits(a, b):
+    """Bitwise equality: also of nans and signed zeros."""
+    integers = {4: torch.int32, 2: torch.int16, 8: torch.int64}[a.element_size()]
+    return a.shape == b.shape and torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+
+
+def require(backend):
+    if backend == "none built here":
+        pytest.skip("the native module is not built")
+
+
+@every_dtype
+@each_kernel
+def test_error_budget(case, backend, dtype):
+    require(backend)
+    lines = check_case(case, dtype, backend)
+    assert lines
+    for line in lines:
+        assert line.ok, f"{line}: beyond 1.5 x eager's error"
+    magnitudes = [line.largest for line in lines if line.name.startswith("out")]
+    sizes = [out.numel() for out in run(getattr(difuse_kernels, case.op), case, dtype, grads=False)[0]]
+    for magnitude, size in zip(magnitudes, sizes, strict=True):  # comparing zeros would prove nothing
+        assert magnitude > 0 or size == 0 or case.name.endswith("zeros")
+
+
+@every_dtype
+@each_kernel
+def test_bit_determinism(case, backend, dtype):
+    require(backend)
+    op = getattr(difuse_kernels, case.op)
+    outputs, grads = run(op, case, dtype, backend=backend)
+    threads = torch.get_num_threads()
+    try:
+        for count in (threads, 1, 3):  # the same bits again, and on any number of threads
+            torch.set_num_threads(count)
+            again, grads_again = run(op, case, dtype, backend=backend)
+            assert all(map(same_bits, outputs, again))
+            assert all(same_bits(grads[name], grads_again[name]) for name in grads)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_batch_invariance(case, backend, dtype):
+    require(backend)
+    op = getattr(difuse_kernels, case.op)
+    outputs, grads = run(op, case, dtype, backend=backend)
+    make = Maker(dtype)
+    case.build(make)
+    for b in range(outputs[0].shape[0]):
+        alone, grads_alone = run(op, case, dtype, only=b, backend=backend)
+        assert all(same_bits(whole[b : b + 1], single) for whole, single in zip(outputs, alone, strict=True))
+        for name in grads:
+            if name not in make.shared:
+                assert same_bits(grads[name][b : b + 1], grads_alone[name]), f"gradient of {name}, sample {b}"
+
+
+@pytest.fixture
+def fenced(monkeypatch):
+    """torch.empty hands out NaN-filled memory between sentinels; returns a function that checks the fences."""
+    buffers = []
+    empty = torch.empty
+
+    def fenced_empty(*size, dtype=None, **keywords):
+        size = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            return empty(size, dtype=dtype, **keywords)
+        count = torch.Size(size).numel()
+        buffer = torch.full((count + 2 * FENCE,), SENTINEL, dtype=dtype)
+        buffer[FENCE : FENCE + count] = float("nan")
+        buffers.append(buffer)
+        return buffer[FENCE : FENCE + count].view(size)
+
+    monkeypatch.setattr(torch, "empty", fenced_empty)
+
+    def check():
+        assert buffers, "the launcher did not allocate with torch.empty"
+        for buffer in buffers:
+            assert (buffer[:FENCE] == buffer[0]).all() and (buffer[-FENCE:] == buffer[0]).all()
+            assert buffer[0] == torch.tensor(SENTINEL, dtype=buffer.dtype)
+
+    return check
+
+
+@each_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_outputs_written_and_fences_intact(case, backend, dtype, fenced):
+    require(backend)
+    outputs, grads = run(getattr(difuse_kernels, case.op), case, dtype, backend=backend)
+    fenced()
+    for name, tensor in [*((f"out{i}", out) for i, out in enumerate(outputs)), *grads.items()]:
+        assert torch.isfinite(tensor).all(), f"{name} was not fully written"
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if c.name in ("gradcheck", "odd", "per_token", "narrow")], ids=str)
+def test_reference_gradcheck(case):
+    make = Maker(torch.float64)
+    args, kwargs = case.build(make)
+    leaves = [leaf for leaf in make.leaves.values() if leaf.requires_grad]
+    assert leaves
+
+    def call(*values):
+        replay = Maker(torch.float64)
+        values = dict(zip((n for n, leaf in make.leaves.items() if leaf.requires_grad), values, strict=True))
+
+        def take(name, *shape, **options):
+            return values[name] if name in values else Maker.__call__(replay, name, *shape, **options)
+
+        take.constant = replay.constant
+        args, kwargs = case.build(take)
+        return getattr(difuse_kernels, case.op)(*args, **kwargs, backend="reference")
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+@every_case
+def test_backward_twice_is_refused_not_wrong(case):
+    """Kernels have no second derivative: asking for one raises; it never returns a detached zero."""
+    if case.grad != "dense" or "cpu" not in backends_here(case.op):
+        pytest.skip("one layout is enough" if case.grad != "dense" else "the native module is not built")
+    make = Maker(torch.float32)
+    args, kwargs = case.build(make)
+    outputs = getattr(difuse_kernels, case.op)(*args, **kwargs, backend="cpu")
+    output = outputs[-1] if isinstance(outputs, tuple) else outputs
+    leaf = next(leaf for leaf in make.leaves.values() if leaf.requires_grad)
+    (grad,) = torch.autograd.grad(output.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiate"):
+        torch.autograd.grad(grad.square().sum(), leaf)
