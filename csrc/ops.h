@@ -32,6 +32,11 @@ struct TensorList {
   /* lse [B,H,Sq] f32, log2 of the sum of exponentials, may be absent; so may kv_lengths and key_bias. */              \
   X(attention_forward, (const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_lengths,                   \
                         const Tensor& key_bias, float scale, const Tensor& out, const Tensor& lse))                    \
+  /* Gradients that are absent are not computed; dbias is key_bias's. */                                               \
+  X(attention_backward, (const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,                        \
+                         const Tensor& kv_lengths, const Tensor& key_bias, float scale, const Tensor& out,             \
+                         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,                      \
+                         const Tensor& dbias))                                                                         \
   /* x_new (absent when y is), h; mean and rstd [B,S] f32 may be absent. scale, shift, gate: [B,D] is one row per       \
      sample, [B,S,D] one per token; weight, bias [D]. */                                                               \
   X(adaln_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& scale, const Tensor& shift,    \

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+
 from difuse import cli
 from difuse.training import ImageDataset, TrainConfig, Trainer, build_model
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from difuse.evaluation import class_share, digit_classifier, frechet_distance, image_grid, plot_loss, save_png
 from difuse.files import write_atomically
 

@@ -1,11 +1,11 @@
 """Every op x available backend x named case against the five numerics promises (difuse_kernels/testing/numerics.py)."""
 import pytest
 import torch
+
+import difuse_kernels
 from difuse_kernels.testing.case import Maker
 from difuse_kernels.testing.cases import cases
 from difuse_kernels.testing.numerics import backends_here, check_case, run
-
-import difuse_kernels
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FENCE = 64  # elements on either side of every output
@@ -100,6 +100,7 @@ def fenced(monkeypatch):
         return buffer[FENCE : FENCE + count].view(size)
 
     monkeypatch.setattr(torch, "empty", fenced_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda t, memory_format=None: fenced_empty(t.shape, dtype=t.dtype))
 
     def check():
         assert buffers, "the launcher did not allocate with torch.empty"

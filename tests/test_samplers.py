@@ -80,7 +80,7 @@ CASES = [(name, process, prediction, eta) for name, process, etas in (
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("w, learn_sigma", [(1.0, False), (2.5, True), (0.3, False)])
-@pytest.mark.parametrize("steps", [1, 2, 7, 12])
+@pytest.mark.parametrize("steps", [1, 2, 12])
 @pytest.mark.parametrize("name, process, prediction, eta", CASES)
 def test_every_step_is_the_textbooks(name, process, prediction, eta, steps, w, learn_sigma, backend):
     """Each step, from the state it started at, is within float32 rounding of the paper's formula in float64.

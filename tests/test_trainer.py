@@ -13,7 +13,7 @@ import torch
 from tiny_training import CLASSES, tiny_config, tiny_data, tiny_model, tiny_trainer
 from torch import nn
 
-from difuse.diffusion import Flow
+from difuse.diffusion import VP, Flow
 from difuse.training import CheckpointError, ImageDataset, Trainer, load_checkpoint, read_metrics
 from difuse.training.objectives import flow_loss
 from difuse_kernels import use_backend
@@ -22,6 +22,15 @@ from difuse_kernels import use_backend
 def states_differ(a, b):
     """Names of the tensors of two dicts that are not equal to the bit."""
     return [name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
+
+
+def everything(trainer):
+    """What must be equal for two runs to be at the same point, read from where it lives, by name."""
+    state = {**trainer.model.state_dict(), "noise": trainer.noise_generator.get_state()}
+    state |= {f"ema.{name}": average for name, average in trainer.ema.averages.items()}
+    for index, slots in trainer.optimizer.state_dict()["state"].items():
+        state |= {f"optim.{index}.{key}": tensor for key, tensor in slots.items()}
+    return state | {f"global.{name}": tensor for name, tensor in trainer._global_states.items()}
 
 
 def test_steps_equal_a_loop_written_out_plainly():
@@ -80,17 +89,29 @@ def test_accumulation_equals_one_large_batch():
     assert losses[0] == pytest.approx(losses[1], rel=32 * 2**-24)
 
 
-@pytest.mark.parametrize("objective", ["eps", "flow"])
+@pytest.fixture
+def one_thread():
+    """Hundreds of steps on tiny tensors take longest waiting for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("objective, known", [("eps", VP().alpha.square().mean().item()), ("flow", math.pi / 2)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_eight_images_are_learnt(objective, precision):
-    """Noise is drawn anew each step, yet the loss of a zero prediction (1 for eps, more for flow) falls far."""
+def test_eight_images_are_learnt(one_thread, objective, known, precision):
+    """The loss falls below `known`, the least that is possible knowing only that pixels are independent unit normals.
+
+    Given x_t that error is alpha^2 for eps and 1 / ((1 - t)^2 + t^2) for flow; `known` is its mean over t. Less than
+    that takes having learnt the eight images.
+    """
     data = ImageDataset.from_arrays(torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
-    config = tiny_config(objective=objective, precision=precision, batch_size=64, steps=150, learning_rate=5e-3,
-                         log_every=10)
-    model = tiny_model(dropout=0.0, hidden_size=64, depth=2, num_classes=1)
-    model.initialize_weights()
+    config = tiny_config(objective=objective, precision=precision, batch_size=32, steps=300, learning_rate=1e-2,
+                         log_every=50)
+    model = tiny_model(dropout=0.0, hidden_size=32, num_classes=1)
     history = Trainer(model, data, config, progress=False).train()
-    assert history[-1]["loss"] < 0.45 * history[0]["loss"]
+    assert history[-1]["loss"] < 0.85 * known < history[0]["loss"]
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -305,7 +326,7 @@ def assert_continues_as_if_never_stopped(out_dir, steps=6, **changes):
     resumed.train()
     whole.train()
     assert resumed.step == whole.step == steps
-    assert states_differ(resumed._tensors(), whole._tensors()) == []
+    assert states_differ(everything(resumed), everything(whole)) == []
     assert [(r["step"], r["loss"]) for r in resumed.history] == [(r["step"], r["loss"]) for r in whole.history]
     assert read_metrics(Path(out_dir) / "metrics.jsonl") == resumed.history
     return resumed

@@ -30,10 +30,10 @@ struct Rows {
   void read(float* to, int64_t b, int64_t s, int64_t D) const { load_row(to, row(b, s), t.dtype, D); }
 };
 
-#if defined(__AVX512F__) && !defined(DIFUSE_VL)
+#if defined(DIFUSE_AVX512)
 void stream(float* p, vf v) { _mm512_stream_ps(p, (__m512)v); }
 void stream(bf16* p, vf v) { _mm256_stream_si256((__m256i*)p, (__m256i)to_bf16(v)); }
-#elif defined(__AVX2__) && !defined(DIFUSE_VL)
+#elif defined(DIFUSE_AVX2)
 void stream(float* p, vf v) { _mm256_stream_ps(p, (__m256)v); }
 void stream(bf16* p, vf v) { _mm_stream_si128((__m128i*)p, (__m128i)to_bf16(v)); }
 #endif

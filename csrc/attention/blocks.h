@@ -45,9 +45,21 @@ int64_t visible_keys(const Tensor& kv_lengths, int64_t b, int64_t Sk) {
   return n < 0 ? 0 : n > Sk ? Sk : n;
 }
 
+// Asks for up to `rows` rows of one head, from s on: they lie far apart, out of the hardware prefetcher's sight.
+template <bool write>
+void prefetch_rows(const Shape& shape, const Tensor& t, int64_t b, int64_t s, int64_t h, int64_t rows) {
+  const int64_t bytes = shape.D * element_size(t.dtype);
+  for (; rows > 0 && s < t.size[1]; --rows, ++s) {
+    const char* row = head_row(t, b, s, h);
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line, write);
+  }
+}
+
 // `rows` rows of one head as float32, zeros beyond D.
 void load_rows(float* to, const Shape& shape, const Tensor& t, int64_t b, int64_t s, int64_t h, int64_t rows) {
+  constexpr int64_t kAhead = 12;
   for (int64_t i = 0; i < rows; ++i, to += shape.ld) {
+    prefetch_rows<false>(shape, t, b, s + i + kAhead, h, 1);
     load_row(to, head_row(t, b, s + i, h), t.dtype, shape.D);
     for (int64_t d = shape.D; d < shape.width; ++d) to[d] = 0;
   }

@@ -4,7 +4,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__) || defined(__AVX512F__)
+#include <utility>
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #include "ops.h"
@@ -12,11 +13,13 @@
 namespace difuse {
 namespace DIFUSE_ISA {
 
-#if defined(DIFUSE_VL)  // a test build: wide vectors on a CPU that has none
+#if defined(DIFUSE_VL)  // a test build: wide vectors on a CPU that has none, without intrinsics
 constexpr int VL = DIFUSE_VL;
 #elif defined(__AVX512F__)
+#define DIFUSE_AVX512
 constexpr int VL = 16;
 #elif defined(__AVX2__)
+#define DIFUSE_AVX2
 constexpr int VL = 8;
 #else
 constexpr int VL = 4;
@@ -33,27 +36,29 @@ struct f16 { uint16_t bits; };
 static inline float bits_to_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
 static inline uint32_t float_to_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
 
-static inline vf splat(float a) { return vf{} + a; }
+static inline vf splat(float a) { return a - vf{}; }  // a - 0 is a for every a, -0 too: no instruction is left
 static inline vf vmax(vf a, vf b) { return a > b ? a : b; }
 static inline vf vmin(vf a, vf b) { return a < b ? a : b; }
 
-static inline float hsum(vf v) {  // a fixed tree: the same bits every time
+// Lane i of the result is lane i ^ W.
+template <int W, int... I> static inline vf swapped(vf v, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  for (int w = VL / 2; w; w /= 2)
-    for (int i = 0; i < w; ++i) v[i] += v[i + w];
+  return __builtin_shufflevector(v, v, (I ^ W)...);
 #else
-  for (int w = VL / 2; w; w /= 2) {
-    vi partner;
-    for (int i = 0; i < VL; ++i) partner[i] = i ^ w;
-    v += __builtin_shuffle(v, partner);
-  }
+  return __builtin_shuffle(v, vi{(I ^ W)...});
 #endif
-  return v[0];
 }
-static inline float hmax(vf v) {
-  float best = v[0];
-  for (int i = 1; i < VL; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+template <int W> static inline vf swapped(vf v) { return swapped<W>(v, std::make_integer_sequence<int, VL>{}); }
+
+template <int W = VL / 2> static inline float hsum(vf v) {  // a fixed tree: the same bits every time
+  v += swapped<W>(v);
+  if constexpr (W > 1) return hsum<W / 2>(v);
+  else return v[0];
+}
+template <int W = VL / 2> static inline float hmax(vf v) {
+  v = vmax(v, swapped<W>(v));
+  if constexpr (W > 1) return hmax<W / 2>(v);
+  else return v[0];
 }
 
 // --- one element -----------------------------------------------------------------------------------------------------
@@ -82,16 +87,23 @@ static inline void from_float(float f, f16& out) {
 
 // --- VL elements -----------------------------------------------------------------------------------------------------
 static inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+// The intrinsics below do what the generic lines do; GCC 12 needs twice the instructions for the latter.
 static inline vf load(const bf16* p) {
+#if defined(DIFUSE_AVX512)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(DIFUSE_AVX2)
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   vh h;
   std::memcpy(&h, p, sizeof h);
   const vu u = __builtin_convertvector(h, vu) << 16;
   return (vf)u;
+#endif
 }
 static inline vf load(const f16* p) {
-#if defined(__AVX512F__) && !defined(DIFUSE_VL)
+#if defined(DIFUSE_AVX512)
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__) && !defined(DIFUSE_VL)
+#elif defined(DIFUSE_AVX2)
   return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   vf v;
@@ -105,13 +117,21 @@ static inline vh to_bf16(vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   const vu nan = vu{} + 0x7fc0;
-  return __builtin_convertvector(v != v ? nan : rounded, vh);
+  const vu bits = v != v ? nan : rounded;
+#if defined(DIFUSE_AVX512)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)bits);
+#elif defined(DIFUSE_AVX2)
+  const __m256i wide = (__m256i)bits;
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+#else
+  return __builtin_convertvector(bits, vh);
+#endif
 }
 static inline void store(bf16* p, vf v) { const vh h = to_bf16(v); std::memcpy(p, &h, sizeof h); }
 static inline void store(f16* p, vf v) {
-#if defined(__AVX512F__) && !defined(DIFUSE_VL)
+#if defined(DIFUSE_AVX512)
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__) && !defined(DIFUSE_VL)
+#elif defined(DIFUSE_AVX2)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < VL; ++i) from_float(v[i], p[i]);
@@ -130,13 +150,12 @@ template <class T> static inline void store(T* p, vf v, int n) {
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
 
-// 2^x. Cephes-style: 2^round(x) by the exponent bits, 2^fraction by a polynomial; relative error below 2e-7.
-// x <= -127 gives 0 (so -inf does), x is expected below 128; a nan stays a nan.
+// 2^x. Cephes-style: 2^fraction by a polynomial, times 2^round(x) by adding to its exponent; relative error below 1e-7.
+// x <= -126 gives 0 (so -inf does), x is expected below 127; a nan stays a nan.
 static inline vf exp2(vf x) {
-  const vf clamped = x < -127.f ? splat(-127.f) : x;
-  const vf shifted = clamped + 0x1.8p23f;  // the integer part lands in the low mantissa bits
-  const vi n = (vi)shifted - 0x4b400000;
-  const vf f = clamped - (shifted - 0x1.8p23f);
+  const vf clamped = vmax(splat(-127.f), x);       // with a nan the second operand is kept
+  const vf shifted = clamped + 0x1.8p23f;          // the integer part lands in the low mantissa bits
+  const vf f = clamped - (shifted - 0x1.8p23f);    // [-1/2, 1/2]
   vf p = splat(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
@@ -144,8 +163,8 @@ static inline vf exp2(vf x) {
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
   p = p * f + 1.f;
-  const vf scale = (vf)((n + 127) << 23);
-  return x < -126.f ? vf{} : p * scale;
+  const vi scaled = (vi)p + ((vi)shifted << 23);   // what is not the integer part leaves at the top
+  return x < -126.f ? vf{} : (vf)scaled;
 }
 
 }  // namespace DIFUSE_ISA

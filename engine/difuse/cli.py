@@ -7,7 +7,7 @@ import subprocess
 import sys
 import traceback
 
-from difuse.files import check_folder
+from difuse.files import check_folder, require_extras
 
 # what a user's input can cause; anything else is a bug of difuse and keeps its traceback
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
@@ -210,6 +210,7 @@ def _sample(args):
         near = difflib.get_close_matches(args.sampler, SAMPLERS, n=1, cutoff=0)[0]
         raise ValueError(f"--sampler {args.sampler!r} is unknown; did you mean {near!r}? "
                          f"Expected one of {', '.join(SAMPLERS)}")
+    require_extras("difuse sample", "PIL")
     out = pathlib.Path(args.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {args.out!r} does not end in .png; the images are drawn into one PNG file")
@@ -252,6 +253,7 @@ def _explain(args):
         print_support()
         return 0
     import torch
+
     from difuse_kernels import explain, explain_reset
 
     model = _model_to_explain(args.target).train()

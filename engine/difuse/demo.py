@@ -12,7 +12,7 @@ from tqdm import tqdm
 from difuse.diffusion import VP
 from difuse.diffusion.flow_as_vp import FlowAsVP
 from difuse.evaluation import class_share, digit_classifier, frechet_distance, image_grid, plot_loss, save_png
-from difuse.files import write_atomically
+from difuse.files import require_extras, write_atomically
 from difuse.inference.sample import sample
 from difuse.training import ImageDataset, TrainConfig, Trainer, build_model, save_checkpoint
 from difuse_kernels import explain, explain_reset, native, use_backend
@@ -20,6 +20,7 @@ from difuse_kernels.dispatch import OPS
 
 GOALS = {"class_share": 0.98, "frechet": 2.3}
 LONGEST = 90.0  # seconds of training
+MODEL = {"patch_size": 2, "hidden_size": 128, "depth": 6, "num_heads": 4}
 GUIDANCE = 1.5
 STEPS = 50
 SHOWN = 100  # images in the grid, ten of each digit
@@ -35,6 +36,7 @@ def run(out, *, seconds=None, quick=False):
     seconds = seconds or (5.0 if quick else 75.0)
     if not 0 < seconds <= LONGEST:
         raise ValueError(f"demo: {seconds:g} s of training; expected more than 0 and at most {LONGEST:g}")
+    require_extras("difuse demo", "sklearn", "PIL", "matplotlib")
     judged, steps, rounds = (SHOWN, 10, 3) if quick else (JUDGED, STEPS, 7)
     train, held_out = ImageDataset.digits("train"), ImageDataset.digits("held_out")
     judge = digit_classifier(train.images, train.labels)
@@ -77,9 +79,8 @@ def run(out, *, seconds=None, quick=False):
 
 def _train(dataset, seconds):
     config = TrainConfig(
-        model={"patch_size": 2, "hidden_size": 128, "depth": 6, "num_heads": 4}, data="digits", objective="flow",
-        batch_size=64, learning_rate=1e-3, betas=(0.9, 0.99), warmup_steps=50, ema_decay=0.99, log_every=1,
-        steps=1_000_000, time_limit=seconds)
+        model=MODEL, data="digits", objective="flow", batch_size=64, learning_rate=2e-3, betas=(0.9, 0.99),
+        warmup_steps=50, ema_decay=0.99, log_every=1, steps=5000, time_limit=seconds)
     trainer = Trainer(build_model(config, dataset), dataset, config)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     print(f"training a DiT of {parameters / 1e6:.1f} M parameters on {len(dataset)} digits for {seconds:g} s")

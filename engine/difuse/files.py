@@ -1,7 +1,15 @@
-"""Writing files so that a failure costs nothing."""
+"""Failing before the work, not after it: optional packages, folders, files written in one step."""
+import importlib.util
 import os
 import pathlib
 import tempfile
+
+
+def require_extras(task, *modules):
+    """Raise ImportError unless every module that `task` needs is installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f"{task} needs {module}, which is not installed: pip install 'difuse[demo]'")
 
 
 def check_folder(path):

@@ -72,12 +72,16 @@ class Op:
             return self.implementation("reference")
         if requested == "auto":
             requested = _forced.get()
+        if requested == "auto":
+            order = ORDER["cpu"] if inputs[0].is_cpu else ORDER.get(inputs[0].device.type, ("reference",))
+        else:
+            order = (requested,)
         refusals = ()
-        for backend in ORDER.get(inputs[0].device.type, ("reference",)) if requested == "auto" else (requested,):
+        for backend in order:
             reason = self.refusal(backend, inputs)
             if reason is None:
                 self.chosen[backend, refusals] += 1
-                if refusals and requested == "auto":
+                if refusals:
                     self._announce(backend, refusals)
                 return self.implementation(backend)
             refusals += ((backend, reason),)

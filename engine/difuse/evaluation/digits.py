@@ -1,6 +1,8 @@
 """A judge for generated digits: a support vector classifier that has seen only real ones."""
 import torch
 
+from difuse.files import require_extras
+
 
 def digit_classifier(images, labels):
     """Fit the judge on real digits.
@@ -8,10 +10,9 @@ def digit_classifier(images, labels):
     images [N,1,8,8] float in [-1,1], labels [N] int. Returns a scikit-learn classifier for `class_share`.
     Raises ImportError where scikit-learn is not installed.
     """
-    try:
-        from sklearn.svm import SVC
-    except ImportError:
-        raise ImportError("judging digits needs scikit-learn: pip install 'difuse[demo]'") from None
+    require_extras("judging digits", "sklearn")
+    from sklearn.svm import SVC
+
     # gamma for pixels of 0..16: scikit-learn's own digits example uses 0.001; 0.0005 and 0.001 score alike held out
     return SVC(gamma=0.001, C=10.0).fit(_pixels(images), torch.as_tensor(labels).numpy())
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from difuse.files import write_atomically
+from difuse.files import require_extras, write_atomically
 
 
 def image_grid(images, columns=None, *, scale=1, gap=2):
@@ -34,10 +34,9 @@ def image_grid(images, columns=None, *, scale=1, gap=2):
 
 def save_png(path, pixels):
     """Write uint8 pixels [H,W,1] or [H,W,3] as a PNG; an existing file is replaced in one step or stays whole."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ImportError("writing PNG files needs pillow: pip install 'difuse[demo]'") from None
+    require_extras("writing PNG files", "PIL")
+    from PIL import Image
+
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze(-1).numpy() if pixels.shape[-1] == 1 else pixels.numpy()).save(buffer, "PNG")
     write_atomically(path, buffer.getvalue())
@@ -45,10 +44,9 @@ def save_png(path, pixels):
 
 def plot_loss(path, steps, losses, *, title="training loss"):
     """Draw the loss of each step, and its running mean, as a PNG at `path`; steps and losses are equally long."""
-    try:
-        from matplotlib.figure import Figure  # no pyplot: no global state, no display
-    except ImportError:
-        raise ImportError("drawing the loss needs matplotlib: pip install 'difuse[demo]'") from None
+    require_extras("drawing the loss", "matplotlib")
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
     if len(steps) != len(losses) or not len(steps):
         raise ValueError(f"plot_loss: {len(steps)} steps and {len(losses)} losses; expected as many, and some")
     window = max(1, len(losses) // 50)

@@ -74,7 +74,7 @@ class Trainer:
             total += loss.detach()
         grads = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        loss, grad_norm = torch.stack((total, norm)).tolist()  # the one place where a GPU is waited for
+        loss, grad_norm = torch.stack((total, norm)).tolist()  # one read per step: a GPU is waited for here
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._not_finite(loss, grad_norm)
         if config.grad_clip:

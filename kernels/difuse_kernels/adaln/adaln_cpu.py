@@ -2,7 +2,7 @@
 import torch
 
 from difuse_kernels.checks import dense_last, why_not_cpu
-from difuse_kernels.native import empty, ext
+from difuse_kernels.native import empty_like, ext
 
 
 def unsupported(_op, inputs):
@@ -17,7 +17,7 @@ def _stats(x, save):
 
 def norm_modulate_forward(x, scale, shift, weight, bias, norm, eps, save):
     """(h, mean, rstd); the last two are None unless `save`."""
-    h = empty(x.shape, x.dtype)
+    h = empty_like(x)
     mean, rstd = _stats(x, save)
     ext.adaln_forward(x, None, None, scale, shift, weight, bias, norm == "rms", eps, None, h, mean, rstd)
     return h, mean, rstd
@@ -25,15 +25,15 @@ def norm_modulate_forward(x, scale, shift, weight, bias, norm, eps, save):
 
 def gate_residual_norm_modulate_forward(x, y, gate, scale, shift, weight, bias, norm, eps, save):
     """(x', h, mean, rstd); the last two are None unless `save`."""
-    x_new = empty(x.shape, x.dtype)
-    h = empty(x.shape, x.dtype)
+    x_new = empty_like(x)
+    h = empty_like(x)
     mean, rstd = _stats(x, save)
     ext.adaln_forward(x, y, gate, scale, shift, weight, bias, norm == "rms", eps, x_new, h, mean, rstd)
     return x_new, h, mean, rstd
 
 
 def _grad(like, wanted):
-    return empty(like.shape, like.dtype) if wanted and like is not None else None
+    return empty_like(like) if wanted and like is not None else None
 
 
 def gate_residual_norm_modulate_backward(grad_x, grad_h, x_new, y, gate, scale, shift, weight, bias, mean, rstd, norm,
@@ -54,7 +54,7 @@ def gate_residual_norm_modulate_backward(grad_x, grad_h, x_new, y, gate, scale, 
                 grad.zero_()
         dx, dy, dgate = gate_residual_backward(grad_x, y, gate, x_new.dtype, (need_x, need_y, need_gate))
     else:
-        dx, dy, dgate = empty(x_new.shape, x_new.dtype), _grad(y, True), _grad(gate, need_gate)
+        dx, dy, dgate = empty_like(x_new), _grad(y, True), _grad(gate, need_gate)
         ext.adaln_backward(grad_x, grad_h, x_new, y, gate, scale, shift, weight, bias, mean, rstd, norm == "rms", dx,
                            dy, dgate, dscale, dshift, dweight, dbias)
     if mixed:
@@ -73,7 +73,7 @@ def norm_modulate_backward(grad, x, scale, shift, weight, bias, mean, rstd, norm
 
 def gate_residual_forward(x, y, gate):
     """x + gate * y."""
-    out = empty(x.shape, x.dtype)
+    out = empty_like(x)
     ext.gate_residual_forward(x, y, gate, out)
     return out
 

@@ -25,5 +25,9 @@ def attention_forward(q, k, v, kv_lengths, key_bias, scale, save):
     return out, lse
 
 
-def attention_backward(*_):
-    raise NotImplementedError
+def attention_backward(grad, q, k, v, kv_lengths, key_bias, out, lse, scale, needs):
+    """Gradients of q, k, v, key_bias; None where not needed."""
+    dq, dk, dv, dbias = (torch.empty(t.shape, dtype=t.dtype) if need else None
+                         for t, need in zip((q, k, v, key_bias), needs, strict=True))
+    ext.attention_backward(dense_last(grad), q, k, v, kv_lengths, key_bias, scale, out, lse, dq, dk, dv, dbias)
+    return dq, dk, dv, dbias

@@ -31,13 +31,17 @@ for _order in _IMAGE_ORDERS:
     _VIDEO_ORDERS[_order] = f"{_order[:_at]}t{_order[_at:]}"
 
 
-def _sizes(op, name, value, axes):
-    """`value` as a tuple of `axes` positive integers."""
-    sizes = (value,) * axes if isinstance(value, int) and name == "patch_size" else value
-    if isinstance(sizes, (tuple, list)) and len(sizes) == axes and all(type(n) is int and n > 0 for n in sizes):
-        return tuple(sizes)
+def _sizes(op, name, value, axes, least):
+    """`value` as a tuple of `axes` integers, none below `least`."""
+    sizes = (value,) * axes if type(value) is int and name == "patch_size" else value
+    if isinstance(sizes, (tuple, list)) and len(sizes) == axes:
+        for n in sizes:
+            if not isinstance(n, int) or n < least:
+                break
+        else:
+            return tuple(sizes)
     letters = ("H,W", "F,H,W")[axes - 2]
-    raise ValueError(f"{op}: {name} is {value!r}; expected {axes} positive integers, one for each of ({letters})")
+    raise ValueError(f"{op}: {name} is {value!r}; expected {axes} integers >= {least}, one for each of ({letters})")
 
 
 def _full_order(op, order, axes):
@@ -86,13 +90,15 @@ def patchify(x, patch_size, *, order="cpq", backend="auto"):
     RuntimeError where `backend` cannot run.
     """
     check_tensor("patchify", "x", x, "[B,C,H,W] or [B,C,F,H,W]", (4, 5))
-    sizes = x.shape[2:]
-    patch = _sizes("patchify", "patch_size", patch_size, len(sizes))
-    order = _full_order("patchify", order, len(sizes))
-    for size, p, letter in zip(sizes, patch, "FHW"[-len(sizes):], strict=True):
-        if size % p:
-            raise ValueError(f"patchify: {letter} is {size}, which patch size {p} does not divide; pad it to "
-                             f"{size + p - size % p} or crop it to {size - size % p}")
+    _, _, *sizes = x.shape
+    axes = len(sizes)
+    patch = _sizes("patchify", "patch_size", patch_size, axes, 1)
+    order = _full_order("patchify", order, axes)
+    for i, size in enumerate(sizes):
+        if size % patch[i]:
+            p, rest = patch[i], size % patch[i]
+            raise ValueError(f"patchify: {'FHW'[i - axes]} is {size}, which patch size {p} does not divide; pad it to "
+                             f"{size + p - rest} or crop it to {size - rest}")
     implementation = PATCHIFY.select(backend, (x,))
     if implementation.backward is not None and needs_grad(x):
         return _Patchify.apply(implementation, x, patch, order)
@@ -106,8 +112,8 @@ def unpatchify(tokens, patch_size, grid, *, order="pqc", backend="auto"):
     """
     check_tensor("unpatchify", "tokens", tokens, "[B,S,K]", 3)
     axes = len(grid) if isinstance(grid, (tuple, list)) and len(grid) == 3 else 2
-    grid = _sizes("unpatchify", "grid", grid, axes)
-    patch = _sizes("unpatchify", "patch_size", patch_size, axes)
+    grid = _sizes("unpatchify", "grid", grid, axes, 0)
+    patch = _sizes("unpatchify", "patch_size", patch_size, axes, 1)
     order = _full_order("unpatchify", order, axes)
     _, S, K = tokens.shape
     if prod(grid) != S:

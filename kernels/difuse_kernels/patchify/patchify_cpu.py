@@ -1,10 +1,9 @@
 """patchify and unpatchify on the C++ CPU kernel, one for both directions. Kernel: csrc/patchify/patchify_cpu.cpp."""
 from math import prod
-
-import torch
+from operator import mul
 
 from difuse_kernels.checks import dense_last, why_not_cpu
-from difuse_kernels.native import ext
+from difuse_kernels.native import empty, ext
 
 
 def unsupported(_op, inputs):
@@ -16,7 +15,7 @@ def patchify_forward(x, patch, order):
     """[B,C,(F,)H,W] -> [B,S,K]."""
     B, C, *sizes = x.shape
     cell = prod(patch)
-    tokens = torch.empty((B, prod(sizes) // cell, C * cell), dtype=x.dtype)
+    tokens = empty((B, prod(sizes) // cell, C * cell), x.dtype)
     ext.patchify(x, tokens, *(1, *patch)[-3:], order, False)
     return tokens
 
@@ -24,7 +23,7 @@ def patchify_forward(x, patch, order):
 def unpatchify_forward(tokens, patch, grid, order):
     """[B,S,K] -> [B,C,(F,)H,W]."""
     B, _, K = tokens.shape
-    image = torch.empty((B, K // prod(patch), *(g * p for g, p in zip(grid, patch, strict=True))), dtype=tokens.dtype)
+    image = empty((B, K // prod(patch), *map(mul, grid, patch)), tokens.dtype)
     ext.patchify(image, tokens, *(1, *patch)[-3:], order, True)
     return image
 

@@ -15,7 +15,7 @@ def patchify(x, patch, order):
     axis = {"c": 1, **{letter: 3 + 2 * i for i, letter in enumerate(_letters(patch))}}
     cells = range(2, x.dim(), 2)
     x = x.permute(0, *cells, *(axis[letter] for letter in order))  # [B,(F/t,)H/p,W/q,*order]
-    return x.reshape(x.shape[0], prod(grid), x.shape[1 + len(grid):].numel())  # [B,S,K]
+    return x.reshape(x.shape[0], prod(grid), x.shape[1 + len(grid):].numel()).contiguous()  # [B,S,K]
 
 
 def unpatchify(tokens, patch, grid, order):
@@ -27,4 +27,4 @@ def unpatchify(tokens, patch, grid, order):
     for cell, letter in enumerate(_letters(patch), 1):
         axes += [cell, first + order.index(letter)]
     x = x.permute(axes)  # [B,C,(F/t,t,)H/p,p,W/q,q]
-    return x.reshape(*x.shape[:2], *(g * p for g, p in zip(grid, patch, strict=True)))  # [B,C,(F,)H,W]
+    return x.reshape(*x.shape[:2], *(g * p for g, p in zip(grid, patch, strict=True))).contiguous()  # [B,C,(F,)H,W]

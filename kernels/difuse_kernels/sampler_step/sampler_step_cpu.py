@@ -2,7 +2,7 @@
 import torch
 
 from difuse_kernels.checks import KERNEL_DTYPES
-from difuse_kernels.native import ext
+from difuse_kernels.native import empty, ext
 
 
 def unsupported(_op, inputs):
@@ -12,8 +12,8 @@ def unsupported(_op, inputs):
             return f"an input has dtype {x.dtype}; the kernel takes float32, bfloat16 and float16"
         if not x.is_cpu:
             return f"an input is on {x.device.type}"
-        if x.dim() > 8:
-            return "the inputs have more than 8 dimensions"
+    if inputs[0].dim() > 8:
+        return "the inputs have more than 8 dimensions"
     if inputs[-1].requires_grad and torch.is_grad_enabled():
         return "the coefficients need a gradient; .detach() them unless it is wanted"
     return None
@@ -22,7 +22,7 @@ def unsupported(_op, inputs):
 def sampler_step_forward(inputs, coefficients, out_dtypes):
     """A tuple of outputs, one per row of the coefficients."""
     shape = inputs[0].shape
-    outputs = tuple([torch.empty(shape, dtype=dtype) for dtype in out_dtypes])
+    outputs = tuple([empty(shape, dtype) for dtype in out_dtypes])
     ext.sampler_step(inputs, coefficients, outputs)
     return outputs
 
@@ -32,7 +32,6 @@ def sampler_step_backward(grads, coefficients, dtypes, needs):
     shapes = [grad.shape for grad in grads if grad is not None]
     if not shapes:
         return (None,) * len(needs)
-    outputs = tuple([torch.empty(shapes[0], dtype=dtype) if need else None
-                     for dtype, need in zip(dtypes, needs, strict=True)])
+    outputs = tuple([empty(shapes[0], dtype) if need else None for dtype, need in zip(dtypes, needs, strict=True)])
     ext.sampler_step(grads, coefficients.transpose(-1, -2), outputs)
     return outputs

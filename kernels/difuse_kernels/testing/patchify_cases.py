@@ -70,7 +70,7 @@ UNPATCHIFY = _rows("unpatchify", [
     ("gradcheck", _tokens("pqc", (2, 1), (2, 3), 2, 2), "small", "dense"),
 ])
 
-_IMAGES = [(8, 4, 32, 32), (2, 4, 64, 64), (2, 16, 128, 128), (64, 1, 8, 8)]  # latents of DiT, of 16-channel VAEs; digits
+_IMAGES = [(8, 4, 32, 32), (2, 4, 64, 64), (2, 16, 128, 128), (64, 1, 8, 8)]  # DiT's latents, Flux's; the demo's digits
 
 
 def _speed():
