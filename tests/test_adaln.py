@@ -67,6 +67,13 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(leaf.detach(), before[name]) for name, leaf in inputs.items())
 
 
+def test_tensor_subclasses_are_read_like_tensors():
+    """Parameters reach the kernel through their Python attributes, plain tensors through DLPack's table."""
+    x, mod = draw(2, 9, 24), draw(2, 48, seed=1)
+    scale, shift = (torch.nn.Parameter(m) for m in mod.chunk(2, dim=1))  # strided views
+    assert torch.equal(norm_modulate(torch.nn.Parameter(x), scale, shift), norm_modulate(x, *mod.chunk(2, dim=1)))
+
+
 def test_explicit_backend_is_honoured_or_raises():
     x = draw(2, 4, 8)
     strided = draw(2, 8, 4).transpose(1, 2)

@@ -84,19 +84,20 @@ import json, os, re, torch
 from difuse_kernels import norm_modulate
 x = torch.randn(4, 256, 64)
 tasks = lambda: len(os.listdir("/proc/self/task"))
+start = tasks()
 torch.set_num_threads(1)
 norm_modulate(x, backend="cpu")
-before = tasks()
+before = tasks() - start
 torch.set_num_threads(3)
 norm_modulate(x, backend="cpu")
 maps = open("/proc/self/maps").read()
 runtimes = sorted(set(re.findall(r"(/\\S*/lib(?:g|i)?omp\\S*)", maps)))
-print(json.dumps([before, tasks(), runtimes, "_native" in maps]))
+print(json.dumps([before, tasks() - start, runtimes, "_native" in maps]))
 """)
     assert status == 0, err
     before, after, runtimes, loaded = json.loads(out)
     assert loaded and len(runtimes) == 1, runtimes
-    assert before == 1 and after == 3
+    assert before == 0 and after == 2  # threads beyond the first
 
 
 @needs_native
@@ -108,11 +109,13 @@ def test_every_instruction_set_runs_or_says_why_not(isa):
     flags = set(re.search(r"flags\s*:(.*)", Path("/proc/cpuinfo").read_text())[1].split())
     wants = {"v2": {"sse4_2"}, "v3": {"avx2", "fma"}, "v4": {"avx512bw", "avx512vl"},
              "v4_bf16": {"avx512bw", "avx512_bf16"}}
-    status, out, err = fresh(CHECK, "norm_modulate", "gate_residual_norm_modulate", "patchify", "sampler_step",
-                             DIFUSE_ISA=isa)
+    ops = ["gate_residual_norm_modulate", "norm_modulate", "patchify", "sampler_step"]
+    if isa == native.ext.isa():
+        ops = ["sampler_step"]  # the contract suite runs all of them on it
+    status, out, err = fresh(CHECK, *ops, DIFUSE_ISA=isa)
     if isa in wants and wants[isa] <= flags:
         assert status == 0, err
-        assert out.split()[0] == isa and len(out.split()) == 5
+        assert out.split() == [isa, *ops]
     else:
         assert status != 0
         assert f"ImportError: difuse_kernels: DIFUSE_ISA={isa} cannot run here; this build and CPU support: v2" in err
@@ -186,7 +189,9 @@ def test_install_without_a_compiler_leaves_a_working_reference(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     shutil.unpack_archive(wheel, tmp_path / "site", "zip")
     status, out, err = fresh("""
-import warnings, torch, difuse_kernels
+import sys, warnings, torch
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+import difuse_kernels
 from difuse_kernels import native, norm_modulate
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

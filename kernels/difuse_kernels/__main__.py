@@ -15,7 +15,7 @@ def support_table():
     for op in OPS.values():
         cells = []
         for backend in BACKENDS:
-            reason = op.refusal(backend, None)
+            reason = op.missing(backend)
             if reason is None:
                 cells.append("yes")
                 continue

@@ -16,15 +16,14 @@ def check_tensor(op, name, value, shape_text, ndim):
 
 def check_shape(op, name, value, *shapes):
     """`value` (a tensor or None) has one of `shapes` and a floating dtype."""
-    if value is None:
+    if value is None or (isinstance(value, torch.Tensor) and value.shape in shapes and value.dtype in FLOATS):
         return
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} is {type(value).__name__}; expected a tensor or None")
     if value.shape not in shapes:
         expected = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{op}: {name} has shape {tuple(value.shape)}; expected {expected}")
-    if value.dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} has dtype {value.dtype}; expected a floating dtype. Convert it with .float()")
+    raise TypeError(f"{op}: {name} has dtype {value.dtype}; expected a floating dtype. Convert it with .float()")
 
 
 def check_one_of(op, name, value, allowed):
@@ -57,7 +56,8 @@ KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 def why_not_cpu(inputs):
     """What the C++ CPU kernels refuse in any op: another device, another dtype, a strided last dimension."""
     for tensor in inputs:
-        if tensor is None or (tensor.dtype in KERNEL_DTYPES and tensor.is_cpu and tensor.stride()[-1] == 1):
+        if tensor is None or (tensor.dtype in KERNEL_DTYPES and tensor.is_cpu
+                              and (tensor.is_contiguous() or tensor.stride()[-1] == 1)):
             continue
         position = next(i for i, other in enumerate(inputs) if other is tensor)
         if tensor.dtype not in KERNEL_DTYPES:

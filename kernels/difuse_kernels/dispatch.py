@@ -14,6 +14,7 @@ from collections import Counter
 import torch
 
 from difuse_kernels import native
+from difuse_kernels.checks import check_same_device
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # "auto" takes the first of these that does not refuse; a device not named here has the reference only
@@ -26,11 +27,15 @@ _forced = contextvars.ContextVar("difuse_backend", default="auto")
 _warned = set()
 
 
+def _takes_everything(_op, _inputs):
+    return None
+
+
 class Implementation:
     """One backend's functions for one op. `backward` is None for the reference, which autograd differentiates."""
 
-    def __init__(self, name, forward, backward):
-        self.name, self.forward, self.backward = name, forward, backward
+    def __init__(self, name, forward, backward, unsupported):
+        self.name, self.forward, self.backward, self.unsupported = name, forward, backward, unsupported
 
 
 class Op:
@@ -43,28 +48,22 @@ class Op:
         OPS[name] = self
 
     def implementation(self, backend):
-        """The backend's functions, imported on first use."""
-        found = self._implementations.get(backend)
-        if found is None:
+        """The backend's functions, imported on first use. The backend must be installed: see `missing`."""
+        if backend not in self._implementations:
             module = importlib.import_module(f"{self.stem}_{backend}")
-            if backend == "reference":
-                found = Implementation(backend, getattr(module, self.name), None)
-            else:
-                found = Implementation(
-                    backend, getattr(module, f"{self.name}_forward"), getattr(module, f"{self.name}_backward")
-                )
-                found.unsupported = module.unsupported
-            self._implementations[backend] = found
-        return found
+            functions = ((getattr(module, self.name), None, _takes_everything) if backend == "reference" else
+                         (getattr(module, f"{self.name}_forward"), getattr(module, f"{self.name}_backward"),
+                          module.unsupported))
+            self._implementations[backend] = Implementation(backend, *functions)
+        return self._implementations[backend]
+
+    def missing(self, backend):
+        """Why `backend` can run nothing of this op on this machine, or None."""
+        return MISSING[backend]() if backend in self.backends else "not written for this op yet"
 
     def refusal(self, backend, inputs):
-        """Why `backend` does not take these inputs, or None. With inputs None: why it can run nothing here."""
-        if backend not in self.backends:
-            return "not written for this op yet"
-        missing = MISSING[backend]()
-        if missing or backend == "reference" or inputs is None:
-            return missing
-        return self.implementation(backend).unsupported(self.name, inputs)
+        """Why `backend` does not take these inputs, or None."""
+        return self.missing(backend) or self.implementation(backend).unsupported(self.name, inputs)
 
     def select(self, requested, inputs):
         """The implementation to run. `inputs` is a tuple of tensors (or None) whose first entry is a tensor."""
@@ -72,29 +71,34 @@ class Op:
             return self.implementation("reference")
         if requested == "auto":
             requested = _forced.get()
-        if requested == "auto":
-            order = ORDER["cpu"] if inputs[0].is_cpu else ORDER.get(inputs[0].device.type, ("reference",))
-        else:
+        if requested != "auto":
             order = (requested,)
+        else:
+            order = ORDER["cpu"] if inputs[0].is_cpu else ORDER.get(inputs[0].device.type, ("reference",))
         refusals = ()
         for backend in order:
-            reason = self.refusal(backend, inputs)
+            found = self._implementations.get(backend)  # there already: installed, so only the inputs are in question
+            reason = found.unsupported(self.name, inputs) if found else self.refusal(backend, inputs)
             if reason is None:
                 self.chosen[backend, refusals] += 1
                 if refusals:
                     self._announce(backend, refusals)
-                return self.implementation(backend)
+                return found or self.implementation(backend)
+            if not refusals:
+                check_same_device(self.name, inputs)  # a better reason to stop than any backend's
             refusals += ((backend, reason),)
         raise self._unsupported(requested, inputs)
 
     def _announce(self, backend, refusals):
         for refused, reason in refusals:
-            key = (None if MISSING.get(refused, str)() else self.name, refused)
-            if refused in self.backends and key not in _warned:
+            if refused not in self.backends:
+                continue
+            text = f"difuse: {self.name} runs on '{backend}', not on '{refused}': {reason}"
+            if os.environ.get("DIFUSE_FAIL_ON_FALLBACK") == "1":
+                raise RuntimeError(text)
+            key = (None if self.missing(refused) else self.name, refused)  # a missing backend warns once for all ops
+            if key not in _warned:
                 _warned.add(key)
-                text = f"difuse: {self.name} runs on '{backend}', not on '{refused}': {reason}"
-                if os.environ.get("DIFUSE_FAIL_ON_FALLBACK") == "1":
-                    raise RuntimeError(text)
                 warnings.warn(text, stacklevel=4)
 
     def _unsupported(self, requested, inputs):

@@ -9,7 +9,7 @@ be mixed (float32, bfloat16, float16; float64 on the reference); sums are float3
 """
 import torch
 
-from difuse_kernels.checks import check_one_of, check_same_device, check_shape, check_tensor, needs_grad
+from difuse_kernels.checks import check_one_of, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
 _STEM = "difuse_kernels.adaln.adaln"
@@ -18,19 +18,25 @@ GATE_RESIDUAL = Op("gate_residual", _STEM, "cpu")
 GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", _STEM, "cpu")
 
 
-def _check(op, x, y, modulations, norm=None, weight=None, bias=None):
+def _check_stream(op, x, y):
     check_tensor(op, "x", x, "[B,S,D]", 3)
     check_tensor(op, "y", y, "[B,S,D]", 3)
+    check_shape(op, "y", y, x.shape)
+
+
+def _check_modulation(op, x, **modulations):
     per_token = x.shape
     per_sample = (per_token[0], per_token[2])
-    check_shape(op, "y", y, per_token)
-    for name, value in modulations:
+    for name, value in modulations.items():
         if value is not None:
             check_shape(op, name, value, per_sample, per_token)
-    if norm is not None:
-        check_one_of(op, "norm", norm, ("layer", "rms"))
-        check_shape(op, "weight", weight, per_token[2:])
-        check_shape(op, "bias", bias, per_token[2:])
+
+
+def _check_norm(op, x, norm, weight, bias):
+    check_one_of(op, "norm", norm, ("layer", "rms"))
+    if weight is not None or bias is not None:
+        check_shape(op, "weight", weight, x.shape[2:])
+        check_shape(op, "bias", bias, x.shape[2:])
 
 
 class _NormModulate(torch.autograd.Function):
@@ -98,9 +104,10 @@ def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=
 
     Raises ValueError or TypeError for a wrong shape, dtype, device or name, RuntimeError where `backend` cannot run.
     """
-    _check("norm_modulate", x, x, (("scale", scale), ("shift", shift)), norm, weight, bias)
+    check_tensor("norm_modulate", "x", x, "[B,S,D]", 3)
+    _check_modulation("norm_modulate", x, scale=scale, shift=shift)
+    _check_norm("norm_modulate", x, norm, weight, bias)
     inputs = (x, scale, shift, weight, bias)
-    check_same_device("norm_modulate", inputs)
     implementation = NORM_MODULATE.select(backend, inputs)
     if implementation.backward is None:
         return implementation.forward(*inputs, norm, eps)
@@ -111,9 +118,9 @@ def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=
 
 def gate_residual(x, y, gate=None, *, backend="auto"):
     """x + gate * y, shape and dtype of x; gate None means 1. Errors as in `norm_modulate`."""
-    _check("gate_residual", x, y, (("gate", gate),))
+    _check_stream("gate_residual", x, y)
+    _check_modulation("gate_residual", x, gate=gate)
     inputs = (x, y, gate)
-    check_same_device("gate_residual", inputs)
     implementation = GATE_RESIDUAL.select(backend, inputs)
     if implementation.backward is not None and needs_grad(*inputs):
         return _GateResidual.apply(implementation, *inputs)
@@ -123,10 +130,10 @@ def gate_residual(x, y, gate=None, *, backend="auto"):
 def gate_residual_norm_modulate(x, y, gate=None, scale=None, shift=None, *, norm="layer", weight=None, bias=None,
                                 eps=1e-6, backend="auto"):
     """(x', norm_modulate(x', scale, shift)) with x' = gate_residual(x, y, gate), in one pass over memory."""
-    modulations = (("gate", gate), ("scale", scale), ("shift", shift))
-    _check("gate_residual_norm_modulate", x, y, modulations, norm, weight, bias)
+    _check_stream("gate_residual_norm_modulate", x, y)
+    _check_modulation("gate_residual_norm_modulate", x, gate=gate, scale=scale, shift=shift)
+    _check_norm("gate_residual_norm_modulate", x, norm, weight, bias)
     inputs = (x, y, gate, scale, shift, weight, bias)
-    check_same_device("gate_residual_norm_modulate", inputs)
     implementation = GATE_RESIDUAL_NORM_MODULATE.select(backend, inputs)
     if implementation.backward is None:
         return implementation.forward(*inputs, norm, eps)

@@ -89,4 +89,4 @@ def check_case(case, dtype, backend, grads=True):
 
 def backends_here(op, device="cpu"):
     """The backends that can run `op` on this machine, the reference first."""
-    return [name for name in OPS[op].backends if OPS[op].refusal(name, None) is None]
+    return [name for name in OPS[op].backends if OPS[op].missing(name) is None]

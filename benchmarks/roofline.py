@@ -1,0 +1,106 @@
+"""What this machine can do at best, and how much of it a case needs: bytes against bandwidth, FLOPs against GEMM."""
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.timing import interleaved
+
+BUFFER = 128 << 20  # bytes, unless the last cache is larger than a quarter of it
+GEMM_SIZE = {torch.float32: 2048, torch.bfloat16: 1024, torch.float16: 1024}  # 16-bit may be emulated, and slow
+
+# Per op: positions of the inputs and of the outputs that a backward pass has to read again, beside the incoming
+# gradients. Every gradient is written once; that of gate_residual's x is the incoming one, handed on.
+BACKWARD_READS = {
+    "norm_modulate": ((0, 1), ()),
+    "gate_residual": ((1, 2), ()),
+    "gate_residual_norm_modulate": ((1, 2, 3), (0,)),
+    "attention": ((0, 1, 2), (0,)),
+    "patchify": ((), ()),
+    "unpatchify": ((), ()),
+    "sampler_step": ((), ()),
+}
+FLOPS_PER_ELEMENT = {  # forward, backward; LayerNorm 6, modulate 2, gate 2
+    "norm_modulate": (8, 13),
+    "gate_residual": (2, 3),
+    "gate_residual_norm_modulate": (10, 16),
+    "patchify": (0, 0),
+    "unpatchify": (0, 0),
+}
+
+
+def ceilings(dtypes):
+    """Measured medians: bytes/s of copying a large buffer (read plus written), FLOP/s of a matrix product per dtype.
+
+    "copy" writes into memory that is already there and is what percentages refer to; "clone" into fresh memory, whose
+    page faults every op that allocates its output pays too.
+    """
+    size = min(max(BUFFER, 4 * (last_level_cache() or 0)), 1 << 30)
+    source = torch.ones(size // 4)
+    target = torch.zeros_like(source)
+    found = interleaved({"copy": lambda: target.copy_(source), "clone": source.clone})
+    measured = {"buffer_bytes": size} | {f"{name}_bytes_per_second": 2 * size / timing.seconds
+                                         for name, timing in found.items()}
+    for name, dtype in dtypes.items():
+        n = GEMM_SIZE[dtype]
+        a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+        seconds = interleaved({"gemm": lambda a=a, b=b: F.linear(a, b)})["gemm"].seconds
+        measured[f"gemm_{name}_flops_per_second"] = 2 * n**3 / seconds
+    return measured
+
+
+def last_level_cache():
+    """Bytes of the largest cache of the first core, or None where the system does not say."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    sizes = [path.read_text().strip() for path in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
+    return max((int(text[:-1]) * units[text[-1]] for text in sizes if text[-1:] in units), default=None)
+
+
+def work(op, args, kwargs, outputs, backward):
+    """(bytes, FLOPs) of one forward pass, or of forward and backward, each tensor read or written once."""
+    inputs = [a for a in args[0]] + [args[1]] if op == "sampler_step" else [*args, *kwargs.values()]
+    tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+    total = sum(map(_bytes, tensors)) + sum(map(_bytes, outputs))
+    if backward:
+        again_inputs, again_outputs = BACKWARD_READS[op]
+        again = [inputs[i] for i in again_inputs if i < len(inputs)] + [outputs[i] for i in again_outputs]
+        if again_inputs:
+            again.append(kwargs.get("weight"))
+        gradients = [t for t in tensors if t.requires_grad and not (op == "gate_residual" and t is inputs[0])]
+        total += sum(map(_bytes, outputs)) + sum(map(_bytes, again)) + sum(map(_bytes, gradients))
+    return total, _flops(op, args, outputs, backward)
+
+
+def _flops(op, args, outputs, backward):
+    if op == "attention":
+        batch, queries, heads, head_dim = args[0].shape
+        products = 2 + (5 if backward else 0)  # qk, pv; then both again and qk recomputed
+        return products * 2 * batch * heads * queries * args[1].shape[1] * head_dim
+    elements = outputs[-1].numel()
+    if op == "sampler_step":
+        return 2 * len(args[0]) * len(outputs) * elements * (1 + backward)
+    forward, more = FLOPS_PER_ELEMENT[op]
+    return elements * (forward + (more if backward else 0))
+
+
+def _bytes(tensor):
+    """Bytes behind a tensor (or None), each element once however often it is expanded."""
+    if not isinstance(tensor, torch.Tensor):
+        return 0
+    sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0)
+    return math.prod(sizes) * tensor.element_size()
+
+
+def against(measured, dtype_name, total_bytes, flops, seconds):
+    """The part of a row that compares it with the ceilings.
+
+    predicted_seconds: the longer of bytes over copy bandwidth and FLOPs over the GEMM rate, the better of this dtype's
+    and float32's; share: predicted over reached; copy_share: the bytes alone. Data that fits into the last cache
+    (in_cache) may exceed 1.
+    """
+    by_bytes = total_bytes / measured["copy_bytes_per_second"]
+    by_flops = flops / max(measured[f"gemm_{name}_flops_per_second"] for name in ("fp32", dtype_name))
+    return {"bytes": total_bytes, "flops": flops, "predicted_seconds": max(by_bytes, by_flops),
+            "bound": "bytes" if by_bytes >= by_flops else "flops", "share": max(by_bytes, by_flops) / seconds,
+            "copy_share": by_bytes / seconds, "in_cache": total_bytes < (last_level_cache() or 0)}
