@@ -2,6 +2,7 @@
 
 The targets are issue 2's, set for 2 cores with AVX-512.
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -177,9 +178,15 @@ def gate(case, dtype, grads=True):
         lines = check_case(case, dtype, "auto", grads=grads)
     except (RuntimeError, AssertionError) as error:
         return {"ok": False, "worst": f"{type(error).__name__}: {error}", "error": None, "budget": None}
-    worst = max(lines, key=lambda line: (not line.ok, line.error / max(FACTOR * line.eager_error, 1e-300)))
-    return {"ok": all(line.ok for line in lines), "worst": worst.name, "error": worst.error,
-            "budget": FACTOR * worst.eager_error}
+    return verdict((line.name, line.rms, FACTOR * line.eager_rms, line.ok) for line in lines)
+
+
+def verdict(lines):
+    """The gate's answer from (name, error, budget, ok) of every compared tensor; the worst of them is named."""
+    name, error, budget, ok = max(lines, key=lambda line: (not line[3], line[1] / max(line[2], 1e-300)))
+    if not math.isfinite(error):
+        return {"ok": False, "worst": f"{name} is not finite", "error": None, "budget": budget}
+    return {"ok": ok, "worst": name, "error": error, "budget": budget}
 
 
 def _tuple(outputs):

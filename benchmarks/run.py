@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import difuse
-from benchmarks import bench_model, bench_ops, bench_train, roofline
+from benchmarks import bench_model, bench_ops, bench_train, rivals, roofline
 from difuse.files import check_folder, write_atomically
 from difuse_kernels import native
 from difuse_kernels.dispatch import OPS
@@ -29,8 +29,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = {"ops": bench_ops, "model": bench_model, "train": bench_train}
 SCHEMA = 1
+NOISY = 0.2  # a spread above this is named beside the row's ratios
 COLUMNS = ("op", "case", "dtype", "pass", "backend", "difuse", "eager", "x eager", "compile", "x compile", "ceiling",
-           "reached", "target")
+           "reached", "remarks")
 
 
 def main(argv=None):
@@ -42,20 +43,27 @@ def main(argv=None):
     with compiler_cache():
         dtypes = {name: bench_ops.DTYPES[name] for name in dict.fromkeys(("fp32", "bf16", *(args.dtype or ())))}
         ceilings = roofline.ceilings(dtypes)
+        if not (args.no_compile or args.quick):
+            rivals.first_call(lambda: rivals.compiled(torch.neg)(torch.ones(8)))  # imports, headers: nobody's case
         groups = list(GROUPS) if args.group == "all" and args.op is None else [args.group.replace("all", "ops")]
         jobs = [job for group in groups for job in GROUPS[group].jobs(args, ceilings)]
         if not jobs:
-            raise SystemExit(f"benchmarks: no case fits --op {args.op} --case {args.case!r}; speed cases are "
-                             f"{', '.join(sorted({str(case) for case in bench_ops.cases(args.op, speed=True)}))}")
-        rows = []
-        for label, job in (bar := tqdm(jobs, unit="case", disable=None)):
-            bar.set_description(label)
-            rows += job()
-    report = {"schema": SCHEMA, "machine": machine, "ceilings": ceilings, "rows": rows}
-    text = table(report)
-    print(text)
-    write(out, report, text)
-    return int(any(not row["gate"]["ok"] for row in rows if "gate" in row))
+            names = bench_model.FAMILIES
+            if "ops" in groups:
+                names = [case.name for case in bench_ops.cases(args.op, speed=True)]
+            raise SystemExit(f"benchmarks: no case of {', '.join(groups)} fits --case {args.case!r} and --dtype; "
+                             f"expected part of one of {', '.join(dict.fromkeys(names))}")
+        report = {"schema": SCHEMA, "complete": False, "machine": machine, "ceilings": ceilings, "rows": []}
+        try:
+            for label, job in (bar := tqdm(jobs, unit="case", mininterval=0.1 if sys.stderr.isatty() else 10)):
+                bar.set_description(label)
+                report["rows"] += job()
+            report["complete"] = True
+        finally:  # an interrupted run keeps what it has measured
+            text = table(report)
+            print(text)
+            write(out, report, text)
+    return int(any(not row["gate"]["ok"] for row in report["rows"] if "gate" in row))
 
 
 def parse(argv):
@@ -138,7 +146,7 @@ def write(out, report, text):
     cpu = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
     stamp = datetime.datetime.fromisoformat(machine["date"]).strftime("%Y%m%d-%H%M%S")
     out.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".json", json.dumps(report, indent=1) + "\n"), (".md", text + "\n")):
+    for suffix, content in ((".json", json.dumps(report, indent=1, allow_nan=False) + "\n"), (".md", text + "\n")):
         path = out / f"{cpu}-{machine['cores']}c-{stamp}{suffix}"
         write_atomically(path, content.encode())
         print(f"written: {path}")
@@ -174,43 +182,55 @@ def header(report):
     return lines
 
 
+READING = (
+    "- Medians of at least 7 interleaved runs, ± the inter-quartile range. x: how many times faster difuse is; below 1",
+    "  it is slower.",
+    "- ceiling: the time that the bytes need at the copy bandwidth above (into a buffer that exists), or the FLOPs at",
+    "  the matrix product's rate (the better of this dtype's and float32's), whichever is longer; tensors count once.",
+    "- reached: ceiling over difuse's time; c: the data fits into the last cache, so more than 100 % is possible.",
+    "- compile: torch.compile of the eager code, static shapes; in brackets its cold first call, which is not timed.",
+    f"- noisy: a spread above {NOISY:.0%}; the ratios of that row mean little. -: not run.",
+)
+
+
 def footer(report):
     """How to read the table, and what was reached."""
     judged = [target for row in report["rows"] for target in row.get("targets", ()) if target["reached"] is not None]
     wrong = sum(not row["gate"]["ok"] for row in report["rows"] if "gate" in row)
-    return [
-        "Medians of at least 7 interleaved runs, ± the inter-quartile range. x: how many times faster difuse is, below "
-        "1 it is slower. ceiling: the time that the bytes need at the copy bandwidth above (into a buffer that exists), or "
-        "the FLOPs at the matrix product's rate (the better of this dtype's and float32's), whichever is longer; each "
-        "tensor counted once. reached: ceiling over difuse's time; c: the data fits into the last cache, so more than "
-        "100 % is possible. compile: torch.compile of the eager code, static shapes; in brackets its cold first call, "
-        "which is not timed. -: not run.", "",
-        f"Targets reached: {sum(target['reached'] for target in judged)} of {len(judged)}. "
-        f"Correctness gates failed: {wrong}.",
-    ]
+    outcome = (f"Targets reached: {sum(target['reached'] for target in judged)} of {len(judged)}. Correctness gates "
+               f"failed: {wrong}.{'' if report['complete'] else ' The run was interrupted; rows are missing.'}")
+    return [*READING, "", outcome]
 
 
 def cells(row):
     """The cells of one row, as text."""
     head = [row["op"], row["case"], row["dtype"], row["pass"]]
     if "skipped" in row:
-        return [*head, "-", f"not measured: {row['skipped']}", *[""] * 7]
+        return [*head, *["-"] * 8, f"not measured: {row['skipped']}"]
     gate = row["gate"]
     if not gate["ok"]:
         off = "" if gate["error"] is None else f" is off by {gate['error']:.1e}, budget {gate['budget']:.1e}"
-        return [*head, "-", f"WRONG, no speed: {gate['worst']}{off}".replace("|", "/"), *[""] * 7]
+        return [*head, *["-"] * 8, f"WRONG, so no speed: {_cell(gate['worst'])}{off}"]
     times, ratios = row["times"], row["ratios"]
     compiled = _time(times.get("compile"))
+    remarks = [*map(_target, row["targets"])]
+    if max(timing["spread"] for timing in times.values()) > NOISY:
+        remarks.append("noisy")
     if "compile_failed" in row:
-        compiled = f"failed: {row['compile_failed']}".replace("|", "/")
+        remarks.append(f"compile failed: {_cell(row['compile_failed'])}")
     elif "compile_seconds" in row:
         compiled += f" ({row['compile_seconds']:.1f} s)"
     ceiling = reached = "-"
     if "share" in row:
         ceiling = f"{_seconds(row['predicted_seconds'])} {row['bound']}"
         reached = f"{100 * row['share']:.0f} %{' c' if row['in_cache'] and row['bound'] == 'bytes' else ''}"
-    return [*head, row.get("backend", "-"), _time(times["difuse"]), _time(times["eager"]), _ratio(ratios, "eager"),
-            compiled, _ratio(ratios, "compile"), ceiling, reached, "; ".join(map(_target, row["targets"]))]
+    return [*head, row.get("backend", "auto"), _time(times["difuse"]), _time(times["eager"]), _ratio(ratios, "eager"),
+            compiled, _ratio(ratios, "compile"), ceiling, reached, "; ".join(remarks)]
+
+
+def _cell(text):
+    """One line of at most 200 characters that ends no Markdown cell."""
+    return " ".join(text.replace("|", "/").split())[:200]
 
 
 def _time(timing):

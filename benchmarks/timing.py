@@ -47,7 +47,7 @@ def interleaved(contenders, runs=RUNS, least=LEAST):
 
 def versus(contenders, ours="difuse"):
     """The part of a row that holds speeds: "times" per contender and "ratios", how many times faster `ours` is."""
-    timings = interleaved(contenders)
+    timings = interleaved(contenders, least=LEAST)
     ratios = {name: timing.seconds / timings[ours].seconds for name, timing in timings.items() if name != ours}
     return {"times": {name: asdict(timing) for name, timing in timings.items()}, "ratios": ratios}
 

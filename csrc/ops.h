@@ -29,14 +29,13 @@ struct TensorList {
 
 // X(name, arguments): outputs are preallocated by the caller and overwritten, never accumulated into.
 #define DIFUSE_CPU_OPS(X)                                                                                              \
-  /* lse [B,H,Sq] f32, log2 of the sum of exponentials, may be absent; so may kv_lengths and key_bias. */              \
+  /* kv_lengths, key_bias and stats may be absent. stats [B,H,Sq,2] f32: each query's largest score and 1 / sum. */    \
   X(attention_forward, (const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_lengths,                   \
-                        const Tensor& key_bias, float scale, const Tensor& out, const Tensor& lse))                    \
+                        const Tensor& key_bias, float scale, const Tensor& out, const Tensor& stats))                  \
   /* Gradients that are absent are not computed; dbias is key_bias's. */                                               \
   X(attention_backward, (const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,                        \
-                         const Tensor& kv_lengths, const Tensor& key_bias, float scale, const Tensor& out,             \
-                         const Tensor& lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,                      \
-                         const Tensor& dbias))                                                                         \
+                         const Tensor& kv_lengths, const Tensor& key_bias, float scale, const Tensor& stats,           \
+                         const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias))                   \
   /* x_new (absent when y is), h; mean and rstd [B,S] f32 may be absent. scale, shift, gate: [B,D] is one row per       \
      sample, [B,S,D] one per token; weight, bias [D]. */                                                               \
   X(adaln_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& scale, const Tensor& shift,    \
@@ -49,12 +48,12 @@ struct TensorList {
                      const Tensor& mean, const Tensor& rstd, bool rms, const Tensor& dx, const Tensor& dy,             \
                      const Tensor& dgate, const Tensor& dscale, const Tensor& dshift, const Tensor& dweight,           \
                      const Tensor& dbias))                                                                             \
-  /* image [B,C,(F,)H,W] <-> tokens [B,S,K], whose elements lie in `order` (letters of "ctpq", slowest first; without a  \
-     "t" t is 1). The last dimension of both is contiguous; one is read, the other written. */                        \
+  /* image [B,C,(F,)H,W] <-> tokens [B,S,K], whose elements lie in `order`: letters of "ctpq", slowest first; without   \
+     "t" t is 1. The last dimension of both is contiguous; one is read, the other written. */                          \
   X(patchify, (const Tensor& image, const Tensor& tokens, int64_t t, int64_t p, int64_t q, const char* order,          \
                bool to_image))                                                                                         \
-  /* outputs[i] = sum_j coefficients[i,j] * inputs[j], coefficients f32 [I,J] or [B,I,J]; inputs and coefficients have  \
-     any strides, outputs are contiguous. Absent inputs count as zeros, absent outputs are not computed. */            \
+  /* outputs[i] = sum_j coefficients[i,j] * inputs[j], coefficients f32 [I,J] or [B,I,J]; any strides, but outputs are  \
+     contiguous. Absent inputs count as zeros, absent outputs are not computed. */                                     \
   X(sampler_step, (const TensorList& inputs, const Tensor& coefficients, const TensorList& outputs))                   \
   X(gate_residual_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& out))                  \
   X(gate_residual_backward, (const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy,                \

@@ -38,7 +38,7 @@ def test_it_writes_its_files_and_nothing_else(finished):
         with Image.open(out / f"{name}.png") as picture:
             picture.load()
             sizes[name] = picture.size
-    assert sizes["samples"] == (20 * 52 + 4, 10 * 52 + 4)  # 10 digits by DDIM and 10 by flow Euler in each row
+    assert sizes["samples"] == (21 * 68 + 4, 10 * 68 + 4)  # per row 10 by DDIM, a gap, 10 by flow Euler
     assert sizes["denoising"] == (10 * 68 + 4, 10 * 68 + 4)
 
 

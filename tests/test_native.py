@@ -20,19 +20,21 @@ from difuse_kernels import native
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(native.ext is None, reason=f"no native module: {native.missing()}")
 
+# The contract suite holds the machine's own instruction set to 1.5 x eager's error. Another vector width sums in another
+# order, which makes the largest error of a case another draw from the same distribution; a wrong lane is far beyond 3 x.
 CHECK = """
 import sys, torch
 from difuse_kernels import native
 from difuse_kernels.testing.cases import cases
 from difuse_kernels.testing.numerics import check_case
-ran = set()
+ran, wrong = set(), []
 for case in cases():
-    if len(sys.argv) > 1 and case.op not in sys.argv[1:]:
-        continue
-    ran.add(case.op)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for line in check_case(case, dtype, "cpu"):
-            assert line.ok, (str(case), dtype, line)
+    if case.op in sys.argv[1:]:
+        ran.add(case.op)
+        for dtype in (torch.float32, torch.bfloat16):
+            wrong += [(str(case), dtype, line) for line in check_case(case, dtype, "cpu")
+                      if not line.ok]
+assert not wrong, wrong
 print(native.ext.isa(), *sorted(ran))
 """
 ALL_OPS = ["attention", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "patchify", "sampler_step",
@@ -148,7 +150,8 @@ spec = importlib.util.spec_from_file_location("difuse_kernels._native", {str(wid
 sys.modules[spec.name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sys.modules[spec.name])
 """
-    status, out, err = fresh(replace + CHECK + f"assert native.ext.__file__ == {str(wide)!r}\n", DIFUSE_ISA="")
+    check = f"assert native.ext.__file__ == {str(wide)!r}\n"
+    status, out, err = fresh(replace + CHECK + check, *ALL_OPS, DIFUSE_ISA="")
     assert status == 0, err
     assert out.split() == ["v3", *ALL_OPS]
 

@@ -17,7 +17,7 @@ constexpr float kLowest = -1e30f;  // below any logit, and finite: 2^(-inf - kLo
 
 struct Forward {
   const Shape shape;
-  const Tensor &q, &k, &v, &kv_lengths, &key_bias, &out, &lse;
+  const Tensor &q, &k, &v, &kv_lengths, &key_bias, &out, &stats;
   float scale;
 
   struct Packed { float *k, *v, *bias; };
@@ -42,33 +42,30 @@ struct Forward {
   }
 
   // Turns a row of scores into weights 2^(logit - largest so far), and brings `largest`, `total` and `o` up to date.
+  // With a bias scores become logits first; without, they and `largest` stay bare. Differences are scaled, not what is
+  // subtracted: the largest gets exactly 1 however large it is.
   void softmax_row(float* s, int64_t cols, const float* bias, float& largest, float& total, float* o) const {
-    const float c = std::fmax(std::fabs(scale) * kLog2e, 1e-30f);  // not 0: the padding's -inf must stay -inf
+    const float factor = score_factor(scale, bias);
     const int64_t padded = round_up(cols, VL);
-    for (int64_t j = cols; j < padded; ++j) s[j] = -kInfinity;
+    hide_tail(s, cols, bias);
     vf best = splat(-kInfinity);
-    if (bias) {
-      for (int64_t j = 0; j < padded; j += VL) {
-        const vf logit = load(s + j) * c + load(bias + j);
-        store(s + j, logit);
-        best = vmax(best, logit);
-      }
-    } else {
-      for (int64_t j = 0; j < padded; j += VL) best = vmax(best, load(s + j));
+    for (int64_t j = 0; j < padded; j += VL) {
+      vf score = load(s + j);
+      if (bias) store(s + j, score = score * std::fabs(scale) + load(bias + j));
+      best = vmax(best, score);
     }
-    const float block_best = bias ? hmax(best) : hmax(best) * c;
+    const float block_best = hmax(best);
     if (block_best > largest) {
       if (total != 0) {
-        const float shrink = exp2(splat(largest - block_best))[0];
+        const float shrink = exp2(splat((largest - block_best) * factor))[0];
         total *= shrink;
         for (int64_t d = 0; d < shape.width; d += VL) store(o + d, load(o + d) * shrink);
       }
       largest = block_best;
     }
-    const float factor = bias ? 1.f : c;
     vf sum = {};
     for (int64_t j = 0; j < padded; j += VL) {
-      const vf weight = exp2(load(s + j) * factor - largest);
+      const vf weight = exp2((load(s + j) - largest) * factor);
       store(s + j, weight);
       sum += weight;
     }
@@ -82,8 +79,7 @@ struct Forward {
     float *query = work, *o = query + kRows * shape.ld, *scores = o + kRows * shape.ld;
     float *largest = scores + kRows * kScoreRow, *total = largest + kRows;
     load_rows(query, shape, q, b, begin, h, rows);
-    if (scale < 0)
-      for (int64_t i = 0; i < rows * shape.ld; ++i) query[i] = -query[i];  // so that the largest score wins
+    orient(query, rows * shape.ld, scale);
     std::memset(o, 0, kRows * shape.ld * 4);
     for (int64_t i = 0; i < rows; ++i) largest[i] = kLowest, total[i] = 0;
     for (int64_t j = 0; j < n; j += kKeys) {
@@ -99,9 +95,9 @@ struct Forward {
       float* row = o + i * shape.ld;
       for (int64_t d = 0; d < shape.width; d += VL) store(row + d, load(row + d) * inverse);
       store_row(head_row(out, b, begin + i, h), row, out.dtype, shape.D);
-      if (lse)  // +inf where no key was visible: every weight 2^(logit - lse) is 0 then
-        reinterpret_cast<float*>(lse.data)[(b * shape.H + h) * shape.Sq + begin + i] =
-            total[i] == 0 ? kInfinity : largest[i] + std::log2(total[i]);
+      if (!stats) continue;
+      float* row_stats = at<float>(stats, b, h) + 2 * (begin + i);
+      row_stats[0] = largest[i], row_stats[1] = inverse;
     }
   }
 
@@ -134,8 +130,8 @@ struct Forward {
 }  // namespace
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_lengths,
-                       const Tensor& key_bias, float scale, const Tensor& out, const Tensor& lse) {
-  Forward{{q, k}, q, k, v, kv_lengths, key_bias, out, lse, scale}.run();
+                       const Tensor& key_bias, float scale, const Tensor& out, const Tensor& stats) {
+  Forward{{q, k}, q, k, v, kv_lengths, key_bias, out, stats, scale}.run();
 }
 
 }  // namespace DIFUSE_ISA

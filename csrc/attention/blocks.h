@@ -12,6 +12,7 @@ namespace DIFUSE_ISA {
 namespace {
 
 constexpr int64_t kPanel = 2 * VL;  // keys side by side in a packed panel: the width of the score micro kernel
+constexpr int64_t kChain = 128;  // products added up in one go: longer chains lose to eager PyTorch
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -75,20 +76,42 @@ void pack_panel(float* to, float* rows, const Shape& shape, const Tensor& t, int
     for (int64_t j = 0; j < kPanel; ++j) to[d * kPanel + j] = rows[j * shape.ld + d];
 }
 
-// key_bias of sample b in units of log2, for keys [begin, end).
+// A logit is |scale| q . k + bias, with q negated for a negative scale, so that without a bias the largest product wins.
+// This factor turns differences of products (no bias) or of logits (bias) into exponents of 2. It is never 0: padding is
+// -inf and must stay so.
+float score_factor(float scale, const float* bias) {
+  return bias ? kLog2e : std::fmax(std::fabs(scale) * kLog2e, 1e-30f);
+}
+void orient(float* query, int64_t n, float scale) {
+  if (scale < 0)
+    for (int64_t i = 0; i < n; ++i) query[i] = -query[i];
+}
+
+// key_bias of sample b for keys [begin, end), -inf up to the end of the vector.
 void load_bias(float* to, const Tensor& bias, int64_t b, int64_t begin, int64_t end) {
   with_type(bias.dtype, [&](auto type) {
     const auto* p = reinterpret_cast<const decltype(type)*>(bias.data) + b * bias.stride[0];
-    for (int64_t j = begin; j < end; ++j) to[j] = to_float(p[j * bias.stride[1]]) * kLog2e;
+    for (int64_t j = begin; j < end; ++j) to[j] = to_float(p[j * bias.stride[1]]);
   });
+  for (int64_t j = end; j < round_up(end, VL); ++j) to[j] = -kInfinity;
+}
+
+// Takes the columns beyond `cols` of a row of scores out of its last vector; a bias does so by itself.
+void hide_tail(float* scores, int64_t cols, const float* bias) {
+  for (int64_t j = cols; !bias && j < round_up(cols, VL); ++j) scores[j] = -kInfinity;
 }
 
 // scores[rows, cols rounded up to whole panels] = left [rows, D] times the panels from key `begin` on.
 void score_block(float* scores, int64_t ld_scores, const Shape& shape, const float* left, int64_t rows,
                  const float* panels, int64_t begin, int64_t cols) {
-  for (int64_t j = 0; j < cols; j += kPanel)
-    gemm<false>(rows, kPanel / VL, shape.D, {left, shape.ld, 1}, panels + (begin + j) / kPanel * shape.panel_floats(),
-                kPanel, scores + j, ld_scores);
+  for (int64_t j = 0; j < cols; j += kPanel) {
+    const float* panel = panels + (begin + j) / kPanel * shape.panel_floats();
+    gemm<false>(rows, kPanel / VL, shape.D < kChain ? shape.D : kChain, {left, shape.ld, 1}, panel, kPanel, scores + j,
+                ld_scores);
+    for (int64_t d = kChain; d < shape.D; d += kChain)
+      gemm<true>(rows, kPanel / VL, shape.D - d < kChain ? shape.D - d : kChain, {left + d, shape.ld, 1},
+                 panel + d * kPanel, kPanel, scores + j, ld_scores);
+  }
 }
 
 // Enough (batch, key head) pairs to keep all threads busy with whole pairs? `percent`: the least worthwhile share.

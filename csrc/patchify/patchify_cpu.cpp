@@ -1,8 +1,8 @@
 // patchify and unpatchify on the CPU, contract in kernels/difuse_kernels/patchify/patchify.py.
 //
-// One loop nest serves both directions: element (c, f, h, w) of the image and element k of token s change places. A task
-// is one row of grid cells: C*t*p rows of the image on one side, a contiguous block of tokens on the other. It is small
-// enough for L1, so that either side may be walked in the other's order.
+// One loop nest serves both directions: it pairs element (c, f, h, w) of the image with element k of token s. A task is
+// one row of grid cells: C*t*p rows of the image on one side, a block of neighbouring tokens on the other, small enough
+// for L1, so that either side may be walked in the other's order.
 #include "../common/parallel.h"
 #include "../common/rows.h"
 
@@ -45,7 +45,8 @@ template <class T, bool to_image, int Q> void run(const Tensor& image, const Ten
   const int64_t cells_w = image.size[image.ndim - 1] / k.q, cells_h = image.size[image.ndim - 2] / k.p;
   const int64_t cells_f = video ? image.size[2] / k.t : 1, rows = cells_f * cells_h;
   const int64_t stride_f = video ? image.stride[2] : 0, stride_h = image.stride[image.ndim - 2];
-  parallel_for(image.size[0] * rows, cells_w * tokens.size[2], [&](int64_t task) {
+  // 32768 elements took 21-28 us on one thread and 19-21 on two: moving an element is a quarter of the usual work
+  parallel_for(image.size[0] * rows, cells_w * tokens.size[2] / 4 + 1, [&](int64_t task) {
     const int64_t b = task / rows, f = task % rows / cells_h, h = task % cells_h;
     T* from = at<T>(image, b) + f * k.t * stride_f + h * k.p * stride_h;
     T* to = at<T>(tokens, b, task % rows * cells_w);

@@ -96,7 +96,7 @@ examples:
   difuse demo
   difuse demo --quick --out /tmp/demo        about 20 s, to see that everything works; quality is not judged""")
     sub.add_argument("--out", default="demo", metavar="DIR", help="folder to write to (default: demo)")
-    sub.add_argument("--seconds", type=_positive(float), help="training time, at most 90 s (default: 75; quick: 5)")
+    sub.add_argument("--seconds", type=_positive(float), help="training time, at most 90 s (default: 85; quick: 5)")
     sub.add_argument("--quick", action="store_true", help="a few seconds of training, quality not judged")
 
 

@@ -31,8 +31,8 @@ def _check(q, k, v, scale, kv_lengths, key_bias):
                          f"q {tuple(q.shape)}")
     check_shape("attention", "v", v, k.shape)
     if kv_heads == 0 or heads % kv_heads or head_dim == 0:
-        raise ValueError(f"attention: q has {heads} heads, k and v have {kv_heads}, head dimension {head_dim}; expected "
-                         "a multiple of the key heads and at least one dimension. The layout is [B,S,H,Dh]")
+        raise ValueError(f"attention: q has {heads} heads, k and v have {kv_heads}, head dimension {head_dim}; "
+                         "expected a multiple of the key heads and at least one dimension. The layout is [B,S,H,Dh]")
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"attention: scale is {type(scale).__name__}; expected a Python number or None (Dh**-0.5)")
     if key_bias is not None:
@@ -45,7 +45,8 @@ def _check(q, k, v, scale, kv_lengths, key_bias):
 def _check_lengths(kv_lengths, batch):
     if not isinstance(kv_lengths, torch.Tensor) or kv_lengths.dtype != torch.int32:
         got = getattr(kv_lengths, "dtype", type(kv_lengths).__name__)
-        raise TypeError(f"attention: kv_lengths is {got}; expected an int32 tensor [B]. Convert it with .to(torch.int32)")
+        raise TypeError(f"attention: kv_lengths is {got}; expected an int32 tensor [B]. "
+                        "Convert it with .to(torch.int32)")
     if kv_lengths.shape != (batch,):
         raise ValueError(f"attention: kv_lengths has shape {tuple(kv_lengths.shape)}; expected ({batch},)")
 
@@ -58,14 +59,14 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.implementation, q, k, v, kv_lengths, key_bias, ctx.scale = inputs
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
+        stats = output[1]
+        ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, kv_lengths, key_bias, out, lse)
+        ctx.save_for_backward(q, k, v, kv_lengths, key_bias, stats)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _lse):
+    def backward(ctx, grad, _stats):
         if grad is None:
             return (None,) * 7
         _, need_q, need_k, need_v, _, need_bias, _ = ctx.needs_input_grad

@@ -17,17 +17,17 @@ def unsupported(_op, inputs):
 
 
 def attention_forward(q, k, v, kv_lengths, key_bias, scale, save):
-    """(out, lse); lse is None unless `save`."""
-    batch, queries, heads, _ = q.shape
+    """(out, stats); stats [B,H,Sq,2], each query's largest score and 1 / sum of exponentials, is None unless `save`."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32) if save else None
-    ext.attention_forward(q, k, v, kv_lengths, key_bias, scale, out, lse)
-    return out, lse
+    batch, queries, heads, _ = q.shape
+    stats = torch.empty((batch, heads, queries, 2), dtype=torch.float32) if save else None
+    ext.attention_forward(q, k, v, kv_lengths, key_bias, scale, out, stats)
+    return out, stats
 
 
-def attention_backward(grad, q, k, v, kv_lengths, key_bias, out, lse, scale, needs):
+def attention_backward(grad, q, k, v, kv_lengths, key_bias, stats, scale, needs):
     """Gradients of q, k, v, key_bias; None where not needed."""
     dq, dk, dv, dbias = (torch.empty(t.shape, dtype=t.dtype) if need else None
                          for t, need in zip((q, k, v, key_bias), needs, strict=True))
-    ext.attention_backward(dense_last(grad), q, k, v, kv_lengths, key_bias, scale, out, lse, dq, dk, dv, dbias)
+    ext.attention_backward(dense_last(grad), q, k, v, kv_lengths, key_bias, scale, stats, dq, dk, dv, dbias)
     return dq, dk, dv, dbias

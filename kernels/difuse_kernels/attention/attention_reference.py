@@ -10,7 +10,7 @@ def attention(q, k, v, kv_lengths, key_bias, scale):
     hidden = None
     if kv_lengths is not None:
         hidden = torch.arange(k.shape[1], device=k.device) >= kv_lengths[:, None]  # [B,Sk]
-        k, v = (t.masked_fill(hidden[:, :, None, None], 0) for t in (k, v))  # hidden rows may hold anything, 0*nan = nan
+        k, v = (t.masked_fill(hidden[:, :, None, None], 0) for t in (k, v))  # may hold nan, 0*nan = nan
     logits = torch.einsum("bihd,bjhd->bhij", q.to(work), k) * scale  # [B,H,Sq,Sk]
     if key_bias is not None:
         logits = logits + key_bias.to(work)[:, None, None, :]

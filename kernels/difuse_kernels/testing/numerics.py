@@ -1,8 +1,11 @@
 """The error budget: how far a kernel may be from the truth, given how far eager PyTorch is.
 
-    |ours - oracle| <= 1.5 * max |eager - oracle| + one rounding of the result
+    rms |ours - oracle| <= 1.5 * rms |eager - oracle| + one rounding of the rms of the oracle
+    max |ours - oracle| <= 4 * max |eager - oracle| + one rounding of the oracle's largest value
 
-oracle: the reference in float64 on the same (rounded) inputs; eager: `testing/eager.py` in the dtype under test.
+oracle: the reference in float64 on the same (rounded) inputs; eager: `testing/eager.py` in the dtype under test. The rms
+line catches a kernel that is worse throughout, the max line a single wrong element. A largest error is mostly luck: over
+40 seeds the sums over 7 tokens of two equally accurate programs (rms ratio 0.99) differed in it by up to 2.4 times.
 """
 from dataclasses import dataclass
 
@@ -13,7 +16,8 @@ from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Maker, outgoing
 from difuse_kernels.testing.eager import EAGER
 
-FACTOR = 1.5
+FACTOR = 1.5  # of the rms
+OUTLIER = 4  # of the largest error
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,20 @@ class Line:
     """One compared tensor: an output ("out0") or the gradient of a leaf ("grad x")."""
 
     name: str
-    error: float  # the largest error beyond one rounding of the oracle
-    eager_error: float
+    rms: float
+    eager_rms: float
+    largest_error: float
+    eager_largest_error: float
+    oracle_rms: float
     largest: float  # the oracle's largest magnitude
+    unit: float  # the largest relative error of one rounding in ours' dtype
     finite: bool
 
     @property
     def ok(self):
-        """Whether the error is within the budget."""
-        return self.finite and self.error <= FACTOR * self.eager_error
+        """Whether both errors are within the budget."""
+        return (self.finite and self.rms <= FACTOR * self.eager_rms + self.unit * self.oracle_rms
+                and self.largest_error <= OUTLIER * self.eager_largest_error + self.unit * self.largest)
 
 
 def run(function, case, dtype, *, work=None, only=None, grads=True, **keywords):
@@ -64,13 +73,17 @@ def oracle(case, dtype, *, outputs, grads=True):
 
 def compare(name, ours, eager, truth):
     """A Line for one tensor."""
-    if truth.numel() == 0:
-        return Line(name, 0.0, 0.0, 0.0, ours.shape == truth.shape)
     unit = torch.finfo(ours.dtype).eps / 2
-    tiny = torch.finfo(ours.dtype).smallest_normal
+    if truth.numel() == 0 or ours.shape != truth.shape:
+        return Line(name, 0, 0, 0, 0, 0, 0, unit, finite=ours.shape == truth.shape)
     ours, eager, truth = ours.double(), eager.double(), truth.double()
-    error = ((ours - truth).abs() - unit * truth.abs() - tiny).clamp(min=0).max().item()
-    return Line(name, error, (eager - truth).abs().max().item(), truth.abs().max().item(),
+
+    def size(error):
+        return error.square().mean().sqrt().item(), error.abs().max().item()
+
+    (rms, largest_error), (eager_rms, eager_largest), (oracle_rms, largest) = map(
+        size, (ours - truth, eager - truth, truth))
+    return Line(name, rms, eager_rms, largest_error, eager_largest, oracle_rms, largest, unit,
                 bool(torch.isfinite(ours).all()))
 
 
