@@ -2,6 +2,7 @@
 
 The targets are issue 2's, set for 2 cores with AVX-512.
 """
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from difuse_kernels import explain_reset
 from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Case, Maker, outgoing
 from difuse_kernels.testing.cases import cases
-from difuse_kernels.testing.numerics import FACTOR, check_case
+from difuse_kernels.testing.numerics import FACTOR, OUTLIER, check_case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORWARD, BOTH, OVERHEAD = "forward", "forward + backward", "one call, one row"
@@ -99,14 +100,16 @@ def jobs(args, ceilings):
     """[(label, function returning rows)] for the cases that the arguments choose.
 
     Compiling takes seconds per row. A run over all ops compiles every adaln case, whose targets name torch.compile, and
-    the first case of each other op; with --op or --case every case is compiled. --quick takes one case per op.
+    the smallest case of each other op; with --op or --case every case is compiled. --quick takes the smallest case.
     """
     chosen = []
     for op in OPS if args.op is None else (args.op,):
-        for position, case in enumerate(cases(op, speed=True)):
-            if args.case in case.name and not (args.quick and position):
+        found = [case for case in cases(op, speed=True) if args.case in case.name]
+        smallest = min(found, key=lambda case: math.prod(first_shape(case)), default=None)
+        for case in found:
+            if not args.quick or case is smallest:
                 compiles = not (args.no_compile or args.quick) and bool(
-                    position == 0 or op in ADALN or args.op or args.case)
+                    case is smallest or op in ADALN or args.op or args.case)
                 chosen.append((case, (FORWARD, BOTH), compiles))
     chosen += [(case, (OVERHEAD,), False) for case in ONE_ROW
                if args.op in (None, case.op) and args.case in case.name]
@@ -116,57 +119,64 @@ def jobs(args, ceilings):
             for case, passes, compiles in chosen for dtype in dtypes if passes != (OVERHEAD,) or dtype == dtypes[0]]
 
 
+def first_shape(case):
+    """Shape of the case's first input, without drawing a number."""
+    def make(name, *shape, **options):
+        return torch.empty(shape, device="meta")
+
+    make.constant = lambda values, batched=True: values
+    args, _ = case.build(make)
+    return list((args[0] if torch.is_tensor(args[0]) else args[0][0]).shape)
+
+
 def rows(case, dtype_name, ceilings, passes=(FORWARD, BOTH), compiles=False):
     """One row per pass. Where the correctness gate fails the rows carry why, and no speed."""
     dtype, op = DTYPES[dtype_name], getattr(difuse_kernels, case.op)
     make = Maker(dtype)
     call_args, kwargs = case.build(make)
-    first = call_args[0][0] if case.op == "sampler_step" else call_args[0]
-    row = {"group": "ops", "op": case.op, "case": case.name, "dtype": dtype_name, "shape": list(first.shape),
+    row = {"group": "ops", "op": case.op, "case": case.name, "dtype": dtype_name, "shape": first_shape(case),
            "gate": gate(case, dtype, grads=passes != (OVERHEAD,))}
     if not row["gate"]["ok"]:
         return [{**row, "pass": name} for name in passes]
 
-    explain_reset()
     function, rival_args = rivals.op_rival(case, call_args, kwargs)
+    calls = {"difuse": lambda: op(*call_args, **kwargs), "eager": lambda: function(*rival_args)}
+    explain_reset()
     with torch.no_grad():
-        outputs = _tuple(op(*call_args, **kwargs))
-        rivals.check_rival("eager", _tuple(function(*rival_args)), outputs, dtype)
+        outputs = _tuple(calls["difuse"]())
+        rivals.check_rival("eager", _tuple(calls["eager"]()), outputs, dtype)
     row["backend"] = next(iter(OPS[case.op].chosen))[0]
     leaves = [leaf for leaf in make.leaves.values() if leaf.requires_grad]
     gradients = [outgoing(out, case.grad, seed=100 * (i + 1)) for i, out in enumerate(outputs)]
 
+    def forward_and_backward(call):
+        return lambda: torch.autograd.grad(_tuple(call()), leaves, gradients)
+
     finished = []
     for name in passes:
-        def prepared(function, arguments, options, backward=name == BOTH):
-            if not backward:
-                return lambda: function(*arguments, **options)
-            return lambda: torch.autograd.grad(_tuple(function(*arguments, **options)), leaves, gradients)
-
-        finished.append({**row, "pass": name})
+        contenders = {who: forward_and_backward(call) if name == BOTH else call for who, call in calls.items()}
+        result = {**row, "pass": name}
         with torch.set_grad_enabled(name == BOTH):
-            finished[-1] |= _race(prepared, op, function, call_args, kwargs, rival_args, dtype, compiles)
-        bytes_and_flops = roofline.work(case.op, call_args, kwargs, outputs, name == BOTH)
+            if compiles:
+                rival = functools.partial(rivals.compiled(function), *rival_args)
+                result |= _compile(contenders, forward_and_backward(rival) if name == BOTH else rival, dtype)
+            result |= versus(contenders)
         if name != OVERHEAD:
-            seconds = finished[-1]["times"]["difuse"]["seconds"]
-            finished[-1] |= roofline.against(ceilings, dtype_name, *bytes_and_flops, seconds)
-        finished[-1]["targets"] = [t.judge(finished[-1]) for t in TARGETS if t.fits(finished[-1])]
+            needed = roofline.work(case.op, call_args, kwargs, outputs, name == BOTH)
+            result |= roofline.against(ceilings, dtype_name, *needed, result["times"]["difuse"]["seconds"])
+        result["targets"] = [target.judge(result) for target in TARGETS if target.fits(result)]
+        finished.append(result)
     return finished
 
 
-def _race(prepared, op, function, call_args, kwargs, rival_args, dtype, compiles):
-    contenders = {"difuse": prepared(op, call_args, kwargs), "eager": prepared(function, rival_args, {})}
-    extra = {}
-    if compiles:
-        rival = prepared(rivals.compiled(function), rival_args, {})
-        result, seconds, why = rivals.first_call(rival)
-        if why is None:
-            extra["compile_seconds"] = seconds
-            rivals.check_rival("compile", _tuple(result), _tuple(contenders["eager"]()), dtype)
-            contenders["compile"] = rival
-        else:
-            extra["compile_failed"] = why
-    return versus(contenders) | extra
+def _compile(contenders, rival, dtype):
+    """Compile `rival` and add it to the contenders; returns what the row says about that."""
+    result, seconds, why = rivals.first_call(rival)
+    if why is not None:
+        return {"compile_failed": why}
+    rivals.check_rival("compile", _tuple(result), _tuple(contenders["eager"]()), dtype)
+    contenders["compile"] = rival
+    return {"compile_seconds": seconds}
 
 
 def gate(case, dtype, grads=True):
@@ -178,7 +188,11 @@ def gate(case, dtype, grads=True):
         lines = check_case(case, dtype, "auto", grads=grads)
     except (RuntimeError, AssertionError) as error:
         return {"ok": False, "worst": f"{type(error).__name__}: {error}", "error": None, "budget": None}
-    return verdict((line.name, line.rms, FACTOR * line.eager_rms, line.ok) for line in lines)
+    by_rms = [(f"rms of {line.name}", line.rms, FACTOR * line.eager_rms + line.unit * line.oracle_rms, line.ok)
+              for line in lines]
+    by_outlier = [(f"largest error of {line.name}", line.largest_error,
+                   OUTLIER * line.eager_largest_error + line.unit * line.largest, line.ok) for line in lines]
+    return verdict(by_rms + by_outlier)
 
 
 def verdict(lines):

@@ -48,11 +48,11 @@ struct TensorList {
                      const Tensor& mean, const Tensor& rstd, bool rms, const Tensor& dx, const Tensor& dy,             \
                      const Tensor& dgate, const Tensor& dscale, const Tensor& dshift, const Tensor& dweight,           \
                      const Tensor& dbias))                                                                             \
-  /* image [B,C,(F,)H,W] <-> tokens [B,S,K], whose elements lie in `order`: letters of "ctpq", slowest first; without   \
+  /* image [B,C,(F,)H,W] <-> tokens [B,S,K], whose elements lie in `order`: letters of "ctpq", slowest first; without  \
      "t" t is 1. The last dimension of both is contiguous; one is read, the other written. */                          \
   X(patchify, (const Tensor& image, const Tensor& tokens, int64_t t, int64_t p, int64_t q, const char* order,          \
                bool to_image))                                                                                         \
-  /* outputs[i] = sum_j coefficients[i,j] * inputs[j], coefficients f32 [I,J] or [B,I,J]; any strides, but outputs are  \
+  /* outputs[i] = sum_j coefficients[i,j] * inputs[j], coefficients f32 [I,J] or [B,I,J]; any strides, but outputs are \
      contiguous. Absent inputs count as zeros, absent outputs are not computed. */                                     \
   X(sampler_step, (const TensorList& inputs, const Tensor& coefficients, const TensorList& outputs))                   \
   X(gate_residual_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& out))                  \

@@ -20,8 +20,6 @@ from difuse_kernels import native
 ROOT = Path(__file__).parent.parent
 needs_native = pytest.mark.skipif(native.ext is None, reason=f"no native module: {native.missing()}")
 
-# The contract suite holds the machine's own instruction set to 1.5 x eager's error. Another vector width sums in another
-# order, which makes the largest error of a case another draw from the same distribution; a wrong lane is far beyond 3 x.
 CHECK = """
 import sys, torch
 from difuse_kernels import native
@@ -32,8 +30,7 @@ for case in cases():
     if case.op in sys.argv[1:]:
         ran.add(case.op)
         for dtype in (torch.float32, torch.bfloat16):
-            wrong += [(str(case), dtype, line) for line in check_case(case, dtype, "cpu")
-                      if not line.ok]
+            wrong += [(str(case), dtype, line) for line in check_case(case, dtype, "cpu") if not line.ok]
 assert not wrong, wrong
 print(native.ext.isa(), *sorted(ran))
 """

@@ -13,9 +13,6 @@ namespace difuse {
 namespace DIFUSE_ISA {
 namespace {
 
-constexpr int64_t kRows = 48;
-constexpr int64_t kKeys = 128;
-
 struct Backward {
   const Shape shape;
   const Tensor &dout, &q, &k, &v, &kv_lengths, &key_bias, &stats, &dq, &dk, &dv, &dbias;

@@ -10,8 +10,6 @@ namespace difuse {
 namespace DIFUSE_ISA {
 namespace {
 
-constexpr int64_t kRows = 48;
-constexpr int64_t kKeys = 128;
 constexpr int64_t kScoreRow = kKeys + 16;
 constexpr float kLowest = -1e30f;  // below any logit, and finite: 2^(-inf - kLowest) is 0, not nan
 

@@ -229,10 +229,9 @@ def _sample(args):
     if process.name == "flow" and sampler != "flow_euler":
         process, prediction = VP(), "x0"
         model = FlowAsVP(model, process)
-    with torch.inference_mode():
-        images = sample(model, torch.tensor(labels).repeat_interleave(args.n), sampler=sampler, steps=args.steps,
-                        guidance=args.guidance, seeds=[args.seed + k for k in range(args.n)] * len(labels),
-                        process=process, prediction=prediction, batch_size=args.batch_size, progress=True)
+    images = sample(model, torch.tensor(labels).repeat_interleave(args.n), sampler=sampler, steps=args.steps,
+                    guidance=args.guidance, seeds=[args.seed + k for k in range(args.n)] * len(labels),
+                    process=process, prediction=prediction, batch_size=args.batch_size, progress=True)
     scale = args.scale or max(1, 128 // images.shape[-1])
     out.parent.mkdir(parents=True, exist_ok=True)
     save_png(out, image_grid(images, args.n, scale=scale, gap=scale))

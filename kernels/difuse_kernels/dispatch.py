@@ -45,6 +45,7 @@ class Op:
         self.name, self.stem, self.backends = name, stem, ("reference", *backends)
         self.chosen = Counter()  # (backend, ((refused backend, reason), ...)) -> calls
         self._implementations = {}
+        self.implementation("reference")  # now: torch.compile cannot trace an import
         OPS[name] = self
 
     def implementation(self, backend):

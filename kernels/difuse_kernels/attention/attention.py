@@ -29,7 +29,8 @@ def _check(q, k, v, scale, kv_lengths, key_bias):
     if k_batch != batch or k_head_dim != head_dim:
         raise ValueError(f"attention: k has shape {tuple(k.shape)}; expected ({batch}, Sk, Hkv, {head_dim}) to go with "
                          f"q {tuple(q.shape)}")
-    check_shape("attention", "v", v, k.shape)
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v has shape {tuple(v.shape)}; expected k's, {tuple(k.shape)}")
     if kv_heads == 0 or heads % kv_heads or head_dim == 0:
         raise ValueError(f"attention: q has {heads} heads, k and v have {kv_heads}, head dimension {head_dim}; "
                          "expected a multiple of the key heads and at least one dimension. The layout is [B,S,H,Dh]")

@@ -18,9 +18,11 @@ def unsupported(_op, inputs):
 
 def attention_forward(q, k, v, kv_lengths, key_bias, scale, save):
     """(out, stats); stats [B,H,Sq,2], each query's largest score and 1 / sum of exponentials, is None unless `save`."""
-    out = torch.empty(q.shape, dtype=q.dtype)
-    batch, queries, heads, _ = q.shape
-    stats = torch.empty((batch, heads, queries, 2), dtype=torch.float32) if save else None
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    stats = None
+    if save:
+        batch, queries, heads, _ = q.shape
+        stats = torch.empty((batch, heads, queries, 2), dtype=torch.float32)
     ext.attention_forward(q, k, v, kv_lengths, key_bias, scale, out, stats)
     return out, stats
 
