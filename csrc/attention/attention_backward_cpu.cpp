@@ -2,11 +2,11 @@
 //
 //   dV = P^T dout   dP = dout V^T   dS = P (dP - sum_j P dP)   dQ = scale dS K   dK = scale dS^T Q   dbias = sum_i dS
 //
-// P and dP of a block of queries are kept for all its keys, so that the row sum is taken of the numbers it is subtracted
-// from: dout . out, which is equal on paper, would leave the rounding of both sides in dS.
+// P and dP of a block of queries are kept for all its keys, so that the row sum is taken of the numbers it is
+// subtracted from: dout . out, equal on paper, would leave the rounding of both sides in dS.
 // A task is one (sample, key head) with all its queries, heads and blocks in order. Where there are fewer of those than
-// threads, dQ and the row sums are computed by query block, then dK and dV by key block, each recomputing P; the sums run
-// in the same order, so the bits do not depend on the thread count.
+// threads, dQ and the row sums are computed by query block, then dK and dV by key block, each recomputing P; the sums
+// run in the same order, so the bits do not depend on the thread count.
 #include "blocks.h"
 
 namespace difuse {

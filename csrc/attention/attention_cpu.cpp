@@ -1,9 +1,9 @@
 // attention forward on the CPU, contract in kernels/difuse_kernels/attention/attention.py. Dao et al. 2022.
 //
-// Per (sample, key head): K is packed into panels [Sk/kPanel][D][kPanel], V into float32 rows. Per block of kRows queries
-// an online softmax walks over blocks of kKeys keys: scores, their exponentials and the partial output stay in L1 and L2.
-// Logits are kept in units of log2: exp(x) = 2^(x log2 e). A query's result depends on its own row only, summed over keys
-// in order, so thread count and batch mates leave its bits alone.
+// Per (sample, key head): K is packed into panels [Sk/kPanel][D][kPanel], V into float32 rows. Per block of kRows
+// queries an online softmax walks over blocks of kKeys keys; scores, weights and the partial output stay in the caches.
+// exp(x) is 2^(x log2 e). A query's result depends on its own row only and is summed over keys in order, so thread count
+// and batch mates leave its bits alone.
 #include "blocks.h"
 
 namespace difuse {

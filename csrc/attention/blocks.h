@@ -78,9 +78,9 @@ void pack_panel(float* to, float* rows, const Shape& shape, const Tensor& t, int
     for (int64_t j = 0; j < kPanel; ++j) to[d * kPanel + j] = rows[j * shape.ld + d];
 }
 
-// A logit is |scale| q . k + bias, with q negated for a negative scale, so that without a bias the largest product wins.
-// This factor turns differences of products (no bias) or of logits (bias) into exponents of 2. It is never 0: padding is
-// -inf and must stay so.
+// A logit is |scale| q . k + bias, with q negated for a negative scale, so that without a bias the largest product
+// wins. This factor turns differences of products (no bias) or of logits (bias) into exponents of 2. It is never 0:
+// padding is -inf and must stay so.
 float score_factor(float scale, const float* bias) {
   return bias ? kLog2e : std::fmax(std::fabs(scale) * kLog2e, 1e-30f);
 }

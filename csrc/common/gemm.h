@@ -17,7 +17,7 @@ struct Left { const float* data; int64_t row, step; };
 template <int MR, int NV, bool add>
 static inline void tile(int64_t K, Left a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   vf sum[MR][NV] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 4  // a loop this short leaves through a mispredicted branch otherwise
   for (int64_t k = 0; k < K; ++k) {
     vf right[NV];
     for (int n = 0; n < NV; ++n) right[n] = load(b + n * VL);
