@@ -2,8 +2,8 @@
 //
 // Per (sample, key head): K is packed into panels [Sk/kPanel][D][kPanel], V into float32 rows. Per block of kRows
 // queries an online softmax walks over blocks of kKeys keys; scores, weights and the partial output stay in the caches.
-// exp(x) is 2^(x log2 e). A query's result depends on its own row only and is summed over keys in order, so thread count
-// and batch mates leave its bits alone.
+// exp(x) is 2^(x log2 e). A query's result depends on its own row only and is summed over keys in order, so thread
+// count and batch mates leave its bits alone.
 #include "blocks.h"
 
 namespace difuse {

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 
 import torch
@@ -14,7 +15,7 @@ from difuse.diffusion.flow_as_vp import FlowAsVP
 from difuse.evaluation import class_share, digit_classifier, frechet_distance, image_grid, plot_loss, save_png
 from difuse.files import require_extras, write_atomically
 from difuse.inference.sample import sample
-from difuse.training import ImageDataset, TrainConfig, Trainer, build_model, save_checkpoint
+from difuse.training import ImageDataset, TrainConfig, Trainer, build_model
 from difuse_kernels import explain, explain_reset, native, use_backend
 from difuse_kernels.dispatch import OPS
 
@@ -45,7 +46,7 @@ def run(out, *, seconds=None, quick=False):
     explain_reset()
     trainer, train_seconds = _train(train, seconds)
     model = trainer.ema_model()
-    _save_model(out / "model.safetensors", trainer)
+    trainer.save_model(out / "model.safetensors")
     plot_loss(out / "loss.png", [r["step"] for r in trainer.history], [r["loss"] for r in trainer.history])
 
     labels = torch.arange(judged) % 10
@@ -89,16 +90,6 @@ def _train(dataset, seconds):
     return trainer, time.perf_counter() - began
 
 
-def _save_model(path, trainer):
-    """What `load_model` needs, without the optimizer's state."""
-    tensors = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    tensors |= {f"ema.{name}": tensor for name, tensor in trainer.ema.averages.items()}
-    save_checkpoint(path, tensors, {
-        "model_class": "DiT", "model": trainer.model.config, "process": trainer.process.config,
-        "prediction": trainer.config.prediction, "train": trainer.config.as_dict(),
-        "data": trainer.dataset.describe(), "step": trainer.step, "position": trainer.position})
-
-
 def _samplers(model, flow):
     """name -> draw(labels, steps, ...): Euler on the model's own path, DDIM on the VP path its velocity also serves."""
     vp = VP("linear")
@@ -134,7 +125,7 @@ def _draw(out, images, samplers, steps):
 def _interleaved(rounds, timed):
     """Median seconds of timed() on the kernels and on the reference, by turns so that both meet the same machine."""
     times = {"auto": [], "reference": []}
-    for backend in tqdm([*times] * (rounds + 1), desc="timing", leave=False):
+    for backend in tqdm([*times] * (rounds + 1), desc="timing", leave=False, disable=not sys.stderr.isatty()):
         with use_backend(backend):
             times[backend].append(timed())
     return {backend: statistics.median(values[1:]) for backend, values in times.items()}  # the first warms up

@@ -17,6 +17,6 @@ from difuse_kernels.patchify.patchify import patchify, unpatchify
 from difuse_kernels.sampler_step.sampler_step import sampler_step
 
 __all__ = [
-    "attention", "explain", "explain_reset", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "patchify",
-    "sampler_step", "unpatchify", "use_backend",
+    "attention", "explain", "explain_reset", "gate_residual", "gate_residual_norm_modulate", "norm_modulate",
+    "patchify", "sampler_step", "unpatchify", "use_backend",
 ]

@@ -1,4 +1,6 @@
 """Class-conditional images from a trained model."""
+import sys
+
 import torch
 from tqdm import tqdm
 
@@ -34,7 +36,8 @@ def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guid
     was_training = model.training
     model.eval()
     try:
-        with tqdm(total=steps * len(batches), desc=sampler, unit="step", disable=not progress) as bar:
+        with tqdm(total=steps * len(batches), desc=sampler, unit="step", disable=not progress,
+                  mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
 
             def after_step(step, x):
                 bar.update()

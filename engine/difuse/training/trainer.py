@@ -134,6 +134,11 @@ class Trainer:
         self.ema.copy_to(model)
         return model.eval()
 
+    def save_model(self, path):
+        """Write weights and averages to one file for `load_model`, without the optimizer's state."""
+        tensors = {name: tensor for name, tensor in self._tensors().items() if name.startswith(("model.", "ema."))}
+        checkpoint.save_checkpoint(path, tensors, self._meta())
+
     def last_checkpoint(self):
         """Path of the newest whole checkpoint in out_dir, or None."""
         return checkpoint.latest_checkpoint(self.out_dir) if self.out_dir else None

@@ -4,8 +4,8 @@
     max |ours - oracle| <= 4 * max |eager - oracle| + one rounding of the oracle's largest value
 
 oracle: the reference in float64 on the same (rounded) inputs; eager: `testing/eager.py` in the dtype under test. The
-rms line catches a kernel that is worse throughout, the max line a single wrong element. A largest error is mostly luck:
-over 40 seeds the sums over 7 tokens of two equally accurate programs (rms ratio 0.99) differed in it by up to 2.4 times.
+rms line catches a kernel that is worse throughout, the max line a single wrong element. A largest error is mostly
+luck: over 40 seeds it differed by up to 2.4 times between sums over 7 tokens that were equally accurate (rms ratio 0.99).
 """
 from dataclasses import dataclass
 
