@@ -1,4 +1,4 @@
-"""Input checks shared by the op contracts. Each says what was got, what was expected, and what to do."""
+"""Input checks and small parts shared by the op contracts. A check says what was got, what was expected, what to do."""
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,6 +48,17 @@ def needs_grad(*tensors):
         if tensor is not None and tensor.requires_grad:
             return True
     return False
+
+
+def apply(function, *arguments):
+    """function.apply(*arguments), all of them given, for an autograd.Function.
+
+    torch inspects the signature at every call to fill in defaults: 83 us against 22 us without it. Under functorch's
+    transforms the long way is needed.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))

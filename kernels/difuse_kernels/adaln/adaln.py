@@ -9,7 +9,7 @@ be mixed (float32, bfloat16, float16; float64 on the reference); sums are float3
 """
 import torch
 
-from difuse_kernels.checks import check_one_of, check_shape, check_tensor, needs_grad
+from difuse_kernels.checks import apply, check_one_of, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
 _STEM = "difuse_kernels.adaln.adaln"
@@ -112,7 +112,7 @@ def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=
     if implementation.backward is None:
         return implementation.forward(*inputs, norm, eps)
     if needs_grad(*inputs):
-        return _NormModulate.apply(implementation, *inputs, norm, eps)[0]
+        return apply(_NormModulate, implementation, *inputs, norm, eps)[0]
     return implementation.forward(*inputs, norm, eps, save=False)[0]
 
 
@@ -123,7 +123,7 @@ def gate_residual(x, y, gate=None, *, backend="auto"):
     inputs = (x, y, gate)
     implementation = GATE_RESIDUAL.select(backend, inputs)
     if implementation.backward is not None and needs_grad(*inputs):
-        return _GateResidual.apply(implementation, *inputs)
+        return apply(_GateResidual, implementation, *inputs)
     return implementation.forward(*inputs)
 
 
@@ -138,5 +138,5 @@ def gate_residual_norm_modulate(x, y, gate=None, scale=None, shift=None, *, norm
     if implementation.backward is None:
         return implementation.forward(*inputs, norm, eps)
     if needs_grad(*inputs):
-        return _GateResidualNormModulate.apply(implementation, *inputs, norm, eps)[:2]
+        return apply(_GateResidualNormModulate, implementation, *inputs, norm, eps)[:2]
     return implementation.forward(*inputs, norm, eps, save=False)[:2]

@@ -11,7 +11,7 @@ Dao et al. 2022 (arXiv:2205.14135).
 """
 import torch
 
-from difuse_kernels.checks import check_same_device, check_shape, check_tensor, needs_grad
+from difuse_kernels.checks import apply, check_same_device, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
 ATTENTION = Op("attention", "difuse_kernels.attention.attention", "cpu")
@@ -90,5 +90,5 @@ def attention(q, k, v, *, scale=None, kv_lengths=None, key_bias=None, backend="a
     if implementation.backward is None:
         return implementation.forward(*inputs, scale)
     if needs_grad(q, k, v, key_bias):
-        return _Attention.apply(implementation, *inputs, scale)[0]
+        return apply(_Attention, implementation, *inputs, scale)[0]
     return implementation.forward(*inputs, scale, save=False)[0]

@@ -17,7 +17,7 @@ from math import prod
 
 import torch
 
-from difuse_kernels.checks import check_tensor, needs_grad
+from difuse_kernels.checks import apply, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
 _STEM = "difuse_kernels.patchify.patchify"
@@ -101,7 +101,7 @@ def patchify(x, patch_size, *, order="cpq", backend="auto"):
                              f"{size + p - rest} or crop it to {size - rest}")
     implementation = PATCHIFY.select(backend, (x,))
     if implementation.backward is not None and needs_grad(x):
-        return _Patchify.apply(implementation, x, patch, order)
+        return apply(_Patchify, implementation, x, patch, order)
     return implementation.forward(x, patch, order)
 
 
@@ -124,5 +124,5 @@ def unpatchify(tokens, patch_size, grid, *, order="pqc", backend="auto"):
                          f"{prod(patch)}, the elements of patch {patch}. Check patch_size and the last layer's width")
     implementation = UNPATCHIFY.select(backend, (tokens,))
     if implementation.backward is not None and needs_grad(tokens):
-        return _Unpatchify.apply(implementation, tokens, patch, grid, order)
+        return apply(_Unpatchify, implementation, tokens, patch, grid, order)
     return implementation.forward(tokens, patch, grid, order)

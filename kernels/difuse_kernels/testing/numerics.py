@@ -5,7 +5,7 @@
 
 oracle: the reference in float64 on the same (rounded) inputs; eager: `testing/eager.py` in the dtype under test. The
 rms line catches a kernel that is worse throughout, the max line a single wrong element. A largest error is mostly
-luck: over 40 seeds it differed by up to 2.4 times between sums over 7 tokens that were equally accurate (rms ratio 0.99).
+luck: over 40 seeds it differed by up to 2.4 times between sums over 7 tokens of equal accuracy (rms ratio 0.99).
 """
 from dataclasses import dataclass
 
