@@ -113,6 +113,24 @@ def test_use_backend_switches_a_block_and_nests():
         pass
 
 
+def test_torch_func_transforms_run_on_the_reference():
+    x, mod = draw(3, 2, 5, 16), draw(2, 32, seed=1)
+    scale, shift = mod.chunk(2, dim=1)
+
+    def loss(x):
+        return norm_modulate(x, scale, shift).square().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(loss))(x)
+    for one, gradient in zip(x, mapped, strict=True):
+        leaf = one.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        torch.testing.assert_close(gradient, expected)
+    _, tangent = torch.func.jvp(loss, (x[0],), (x[1],))
+    torch.testing.assert_close(tangent, (mapped[0] * x[1]).sum(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="'cpu' cannot run under torch.func's transforms"):
+        torch.func.grad(lambda x: norm_modulate(x, backend="cpu").sum())(x[0])
+
+
 BAD = [
     (lambda x: norm_modulate(x[0]), ValueError, r"x has shape \(4, 8\); expected \[B,S,D\]"),
     (lambda x: norm_modulate([1.0]), TypeError, "x is list; expected a tensor"),

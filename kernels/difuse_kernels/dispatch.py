@@ -27,10 +27,6 @@ _forced = contextvars.ContextVar("difuse_backend", default="auto")
 _warned = set()
 
 
-def _takes_everything(_op, _inputs):
-    return None
-
-
 class Implementation:
     """One backend's functions for one op. `backward` is None for the reference, which autograd differentiates."""
 
@@ -52,7 +48,7 @@ class Op:
         """The backend's functions, imported on first use. The backend must be installed: see `missing`."""
         if backend not in self._implementations:
             module = importlib.import_module(f"{self.stem}_{backend}")
-            functions = ((getattr(module, self.name), None, _takes_everything) if backend == "reference" else
+            functions = ((getattr(module, self.name), None, lambda _op, _inputs: None) if backend == "reference" else
                          (getattr(module, f"{self.name}_forward"), getattr(module, f"{self.name}_backward"),
                           module.unsupported))
             self._implementations[backend] = Implementation(backend, *functions)
@@ -72,6 +68,8 @@ class Op:
             return self.implementation("reference")
         if requested == "auto":
             requested = _forced.get()
+        if torch._C._are_functorch_transforms_active():
+            return self._under_transform(requested)
         if requested != "auto":
             order = (requested,)
         else:
@@ -89,6 +87,14 @@ class Op:
                 check_same_device(self.name, inputs)  # a better reason to stop than any backend's
             refusals += ((backend, reason),)
         raise self._unsupported(requested, inputs)
+
+    def _under_transform(self, requested):
+        """torch.func's grad, vmap and jvp see through PyTorch operations, not into kernels."""
+        if requested not in ("auto", "reference"):
+            raise RuntimeError(f"{self.name}: backend '{requested}' cannot run under torch.func's transforms; use "
+                               "backend='auto', which then takes the reference")
+        self.chosen["reference", (("kernels", "a torch.func transform is active"),)] += 1
+        return self.implementation("reference")
 
     def _announce(self, backend, refusals):
         for refused, reason in refusals:

@@ -11,7 +11,7 @@ Dao et al. 2022 (arXiv:2205.14135).
 """
 import torch
 
-from difuse_kernels.checks import apply, check_same_device, check_shape, check_tensor, needs_grad
+from difuse_kernels.checks import apply, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
 ATTENTION = Op("attention", "difuse_kernels.attention.attention", "cpu")
@@ -40,7 +40,6 @@ def _check(q, k, v, scale, kv_lengths, key_bias):
         check_shape("attention", "key_bias", key_bias, (batch, keys))
     if kv_lengths is not None:
         _check_lengths(kv_lengths, batch)
-    check_same_device("attention", (q, k, v, kv_lengths, key_bias))
 
 
 def _check_lengths(kv_lengths, batch):

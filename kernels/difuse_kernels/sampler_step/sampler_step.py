@@ -12,7 +12,7 @@ arithmetic is plain: a coefficient of 0 turns an infinity or NaN into NaN, it do
 """
 import torch
 
-from difuse_kernels.checks import FLOATS, apply, check_same_device, check_tensor, needs_grad
+from difuse_kernels.checks import FLOATS, apply, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
 SAMPLER_STEP = Op("sampler_step", "difuse_kernels.sampler_step.sampler_step", "cpu")
@@ -76,7 +76,6 @@ def sampler_step(inputs, coefficients, *, out_dtypes=None, backend="auto"):
     """
     out_dtypes = _check(inputs, coefficients, out_dtypes)
     tensors = (*inputs, coefficients)
-    check_same_device("sampler_step", tensors)
     implementation = SAMPLER_STEP.select(backend, tensors)
     if implementation.backward is not None and needs_grad(*inputs):
         return apply(_SamplerStep, implementation, coefficients, out_dtypes, *inputs)
