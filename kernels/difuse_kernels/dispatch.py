@@ -5,25 +5,25 @@ sentence without sizes in it, so that reasons can be counted), `<op>_forward` an
 module offers `<op>` itself, in differentiable PyTorch.
 """
 import contextlib
-import contextvars
 import importlib
 import os
 import warnings
 from collections import Counter
 
 import torch
+from torch.autograd import forward_ad
 
-from difuse_kernels import native
+from difuse_kernels import native, triton_launch
 from difuse_kernels.checks import check_same_device
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # "auto" takes the first of these that does not refuse; a device not named here has the reference only
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # what keeps a backend from running anything at all here: a reason, or None
-MISSING = {"reference": lambda: None, "cpu": native.missing}
+MISSING = {"reference": lambda: None, "cpu": native.missing, "triton": triton_launch.missing}
 
 OPS = {}  # name -> Op, in order of definition
-_forced = contextvars.ContextVar("difuse_backend", default="auto")
+_forced = "auto"  # of the process, not of a thread: backward passes run, and recompute, on threads of their own
 _warned = set()
 
 
@@ -67,8 +67,8 @@ class Op:
         if torch.compiler.is_compiling():  # Inductor fuses the reference expression with its neighbours
             return self.implementation("reference")
         if requested == "auto":
-            requested = _forced.get()
-        if torch._C._are_functorch_transforms_active():
+            requested = _forced
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self._under_transform(requested)
         if requested != "auto":
             order = (requested,)
@@ -89,11 +89,11 @@ class Op:
         raise self._unsupported(requested, inputs)
 
     def _under_transform(self, requested):
-        """torch.func's grad, vmap and jvp see through PyTorch operations, not into kernels."""
+        """torch.func's grad, vmap and jvp, and forward-mode derivatives, see PyTorch operations, not into kernels."""
         if requested not in ("auto", "reference"):
-            raise RuntimeError(f"{self.name}: backend '{requested}' cannot run under torch.func's transforms; use "
-                               "backend='auto', which then takes the reference")
-        self.chosen["reference", (("kernels", "a torch.func transform is active"),)] += 1
+            raise RuntimeError(f"{self.name}: backend '{requested}' cannot run under torch.func's transforms or forward "
+                               "derivatives; use backend='auto', which then takes the reference")
+        self.chosen["reference", (("kernels", "a torch.func transform or forward-mode level is active"),)] += 1
         return self.implementation("reference")
 
     def _announce(self, backend, refusals):
@@ -121,15 +121,17 @@ class Op:
 def use_backend(name):
     """Inside the block every op called with backend="auto" runs on `name`, or raises if it cannot.
 
-    `use_backend("reference")` turns a model into its slow, plain-PyTorch self. Nested blocks override outer ones.
+    `use_backend("reference")` turns a model into its slow, plain-PyTorch self. Nested blocks override outer ones. It
+    rules the whole process, as torch's own switches do; an op's `backend=` rules one call.
     """
+    global _forced
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"use_backend: {name!r} is unknown; expected 'auto' or one of {BACKENDS}")
-    token = _forced.set(name)
+    outer, _forced = _forced, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = outer
 
 
 def explain():

@@ -41,11 +41,11 @@ def attention(q, k, v, *, scale=None, kv_lengths=None, key_bias=None):
     """F.scaled_dot_product_attention with its transposes; masks become a dense bias."""
     mask = None
     if kv_lengths is not None or key_bias is not None:
-        mask = torch.zeros(k.shape[0], 1, 1, k.shape[1], dtype=q.dtype)
+        mask = torch.zeros(k.shape[0], 1, 1, k.shape[1], dtype=q.dtype, device=q.device)
         if key_bias is not None:
             mask = mask + key_bias[:, None, None, :]
         if kv_lengths is not None:
-            hidden = torch.arange(k.shape[1]) >= kv_lengths[:, None]
+            hidden = torch.arange(k.shape[1], device=q.device) >= kv_lengths[:, None]
             mask = mask.masked_fill(hidden[:, None, None, :], float("-inf"))
         mask = mask.to(q.dtype)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

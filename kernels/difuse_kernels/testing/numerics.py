@@ -15,6 +15,7 @@ import difuse_kernels
 from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Maker, outgoing
 from difuse_kernels.testing.eager import EAGER
+from difuse_kernels.triton_launch import INTERPRETED
 
 FACTOR = 1.5  # of the rms
 OUTLIER = 4  # of the largest error
@@ -33,6 +34,7 @@ class Line:
     largest: float  # the oracle's largest magnitude
     unit: float  # the largest relative error of one rounding in ours' dtype
     finite: bool
+    size: int  # elements
 
     @property
     def ok(self):
@@ -41,9 +43,9 @@ class Line:
                 and self.largest_error <= OUTLIER * self.eager_largest_error + self.unit * self.largest)
 
 
-def run(function, case, dtype, *, work=None, only=None, grads=True, **keywords):
+def run(function, case, dtype, *, work=None, only=None, grads=True, device="cpu", **keywords):
     """(outputs, {leaf: gradient}) of one call of `function` on the case. Gradients are of a random scalar product."""
-    make = Maker(dtype, work=work, only=only)
+    make = Maker(dtype, work=work, only=only, device=device)
     args, kwargs = case.build(make)
     outputs = function(*args, **kwargs, **keywords)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -55,10 +57,10 @@ def run(function, case, dtype, *, work=None, only=None, grads=True, **keywords):
     return outputs, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
 
-def oracle(case, dtype, *, outputs, grads=True):
+def oracle(case, dtype, *, outputs, grads=True, device="cpu"):
     """The reference in float64 on the values that `dtype` holds, incoming gradients rounded like `outputs`."""
     reference = getattr(difuse_kernels, case.op)
-    make = Maker(dtype, work=torch.float64)
+    make = Maker(dtype, work=torch.float64, device=device)
     args, kwargs = case.build(make)
     kwargs.pop("out_dtypes", None)
     truth = reference(*args, **kwargs, backend="reference")
@@ -75,7 +77,7 @@ def compare(name, ours, eager, truth):
     """A Line for one tensor."""
     unit = torch.finfo(ours.dtype).eps / 2
     if truth.numel() == 0 or ours.shape != truth.shape:
-        return Line(name, 0, 0, 0, 0, 0, 0, unit, finite=ours.shape == truth.shape)
+        return Line(name, 0, 0, 0, 0, 0, 0, unit, finite=ours.shape == truth.shape, size=truth.numel())
     ours, eager, truth = ours.double(), eager.double(), truth.double()
 
     def size(error):
@@ -84,15 +86,15 @@ def compare(name, ours, eager, truth):
     (rms, largest_error), (eager_rms, eager_largest), (oracle_rms, largest) = map(
         size, (ours - truth, eager - truth, truth))
     return Line(name, rms, eager_rms, largest_error, eager_largest, oracle_rms, largest, unit,
-                bool(torch.isfinite(ours).all()))
+                bool(torch.isfinite(ours).all()), truth.numel())
 
 
 def check_case(case, dtype, backend, grads=True):
     """Lines for every output and gradient of the case on `backend`. The caller asserts `line.ok`."""
-    op = getattr(difuse_kernels, case.op)
-    ours, our_grads = run(op, case, dtype, grads=grads, backend=backend)
-    eager, eager_grads = run(EAGER[case.op], case, dtype, grads=grads)
-    truth, true_grads = oracle(case, dtype, outputs=ours, grads=grads)
+    op, device = getattr(difuse_kernels, case.op), device_of(backend)
+    ours, our_grads = run(op, case, dtype, grads=grads, device=device, backend=backend)
+    eager, eager_grads = run(EAGER[case.op], case, dtype, grads=grads, device=device)
+    truth, true_grads = oracle(case, dtype, outputs=ours, grads=grads, device=device)
     if set(our_grads) != set(true_grads):
         raise AssertionError(f"{case}: gradients for {sorted(our_grads)}, expected {sorted(true_grads)}")
     lines = [compare(f"out{i}", *row) for i, row in enumerate(zip(ours, eager, truth, strict=True))]
@@ -100,6 +102,11 @@ def check_case(case, dtype, backend, grads=True):
     return lines
 
 
-def backends_here(op, device="cpu"):
+def backends_here(op):
     """The backends that can run `op` on this machine, the reference first."""
     return [name for name in OPS[op].backends if OPS[op].missing(name) is None]
+
+
+def device_of(backend):
+    """Where `backend` is tested: kernels for GPUs on the GPU, or interpreted on CPU tensors."""
+    return "cuda" if backend in ("triton", "cuda") and not INTERPRETED else "cpu"
