@@ -91,7 +91,7 @@ class Op:
     def _under_transform(self, requested):
         """torch.func's grad, vmap and jvp, and forward-mode derivatives, see PyTorch operations, not into kernels."""
         if requested not in ("auto", "reference"):
-            raise RuntimeError(f"{self.name}: backend '{requested}' cannot run under torch.func's transforms or forward "
+            raise RuntimeError(f"{self.name}: backend '{requested}' cannot run under torch.func transforms or forward "
                                "derivatives; use backend='auto', which then takes the reference")
         self.chosen["reference", (("kernels", "a torch.func transform or forward-mode level is active"),)] += 1
         return self.implementation("reference")
