@@ -127,7 +127,7 @@ def test_torch_func_transforms_run_on_the_reference():
         torch.testing.assert_close(gradient, expected)
     _, tangent = torch.func.jvp(loss, (x[0],), (x[1],))
     torch.testing.assert_close(tangent, (mapped[0] * x[1]).sum(), rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match="'cpu' cannot run under torch.func's transforms"):
+    with pytest.raises(RuntimeError, match="'cpu' cannot run under torch.func transforms"):
         torch.func.grad(lambda x: norm_modulate(x, backend="cpu").sum())(x[0])
 
 

@@ -41,7 +41,7 @@ def examine():
     yield from _openmp()
     yield from _cpu_flags()
     yield _cuda(torch)
-    yield _package("triton", "kernels for GPUs", "pip install triton (Linux only)")
+    yield _triton()
     yield _compiler()
     for package, purpose in OPTIONAL.items():
         yield _package(package, purpose, INSTALL.get(package, "pip install 'difuse[demo]'"))
@@ -96,6 +96,16 @@ def _cuda(torch):
     if not torch.cuda.is_available():
         return "no", f"CUDA: torch is built for {torch.version.cuda}, but no usable GPU or driver; see nvidia-smi"
     return "ok", f"CUDA: {torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+def _triton():
+    from difuse_kernels import triton_launch
+
+    reason = triton_launch.missing()
+    if reason:
+        return "no", f"Triton kernels for GPUs: {reason}"
+    how = "in the interpreter, slowly: TRITON_INTERPRET is set" if triton_launch.INTERPRETED else "on the GPU"
+    return "ok", f"Triton kernels: triton {importlib.metadata.version('triton')}, {how}"
 
 
 def _compiler():

@@ -12,7 +12,8 @@ launcher of the C++ kernel. `dispatch.py` chooses; `python -m difuse_kernels` pr
 """
 from difuse_kernels.adaln.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
 from difuse_kernels.attention.attention import attention
-from difuse_kernels.dispatch import explain, explain_reset, use_backend
+from difuse_kernels.dispatch import use_backend
+from difuse_kernels.explaining import explain, explain_reset
 from difuse_kernels.patchify.patchify import patchify, unpatchify
 from difuse_kernels.sampler_step.sampler_step import sampler_step
 

@@ -13,7 +13,7 @@ from collections import Counter
 import torch
 from torch.autograd import forward_ad
 
-from difuse_kernels import native, triton_launch
+from difuse_kernels import library, native, triton_launch
 from difuse_kernels.checks import check_same_device
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -39,6 +39,7 @@ class Op:
 
     def __init__(self, name, stem, *backends):
         self.name, self.stem, self.backends = name, stem, ("reference", *backends)
+        self.compiled = {}  # backend -> what torch.compile sees: see library.py
         self.chosen = Counter()  # (backend, ((refused backend, reason), ...)) -> calls
         self._implementations = {}
         self.implementation("reference")  # now: torch.compile cannot trace an import
@@ -64,8 +65,6 @@ class Op:
 
     def select(self, requested, inputs):
         """The implementation to run. `inputs` is a tuple of tensors (or None) whose first entry is a tensor."""
-        if torch.compiler.is_compiling():  # Inductor fuses the reference expression with its neighbours
-            return self.implementation("reference")
         if requested == "auto":
             requested = _forced
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -74,6 +73,11 @@ class Op:
             order = (requested,)
         else:
             order = ORDER["cpu"] if inputs[0].is_cpu else ORDER.get(inputs[0].device.type, ("reference",))
+        if torch.compiler.is_compiling():
+            implementation = library.select(self, order, inputs)
+            if implementation is None:
+                raise self._unsupported(requested, inputs)
+            return implementation
         refusals = ()
         for backend in order:
             found = self._implementations.get(backend)  # there already: installed, so only the inputs are in question
@@ -93,7 +97,8 @@ class Op:
         if requested not in ("auto", "reference"):
             raise RuntimeError(f"{self.name}: backend '{requested}' cannot run under torch.func transforms or forward "
                                "derivatives; use backend='auto', which then takes the reference")
-        self.chosen["reference", (("kernels", "a torch.func transform or forward-mode level is active"),)] += 1
+        if not torch.compiler.is_compiling():
+            self.chosen["reference", (("kernels", "a torch.func transform or forward-mode level is active"),)] += 1
         return self.implementation("reference")
 
     def _announce(self, backend, refusals):
@@ -132,19 +137,3 @@ def use_backend(name):
         yield
     finally:
         _forced = outer
-
-
-def explain():
-    """What ran where since the process began (or `explain_reset`): one line per op, backend and set of refusals."""
-    lines = []
-    for op in OPS.values():
-        for (backend, refusals), calls in op.chosen.items():
-            why = "".join(f"; not {name}: {reason}" for name, reason in refusals)
-            lines.append(f"{op.name:28} {backend:10} {calls:>9} calls{why}")
-    return "\n".join(lines) or "no op has run yet"
-
-
-def explain_reset():
-    """Forget the calls counted for `explain`."""
-    for op in OPS.values():
-        op.chosen.clear()

@@ -11,11 +11,12 @@ import torch
 
 from difuse_kernels.checks import apply, check_one_of, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
+from difuse_kernels.library import define, like
 
 _STEM = "difuse_kernels.adaln.adaln"
-NORM_MODULATE = Op("norm_modulate", _STEM, "cpu")
-GATE_RESIDUAL = Op("gate_residual", _STEM, "cpu")
-GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", _STEM, "cpu")
+NORM_MODULATE = Op("norm_modulate", _STEM, "cpu", "triton")
+GATE_RESIDUAL = Op("gate_residual", _STEM, "cpu", "triton")
+GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", _STEM, "cpu", "triton")
 
 
 def _check_stream(op, x, y):
@@ -67,15 +68,14 @@ class _GateResidual(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.implementation, x, y, gate = inputs
-        ctx.x_dtype = x.dtype
+        ctx.implementation, _, y, gate = inputs
         ctx.save_for_backward(y, gate)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[1:]
-        return None, *ctx.implementation.backward(grad, *ctx.saved_tensors, ctx.x_dtype, needs)
+        return None, *ctx.implementation.backward(grad, *ctx.saved_tensors, grad.dtype, needs)
 
 
 class _GateResidualNormModulate(torch.autograd.Function):
@@ -97,6 +97,18 @@ class _GateResidualNormModulate(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:8]
         grads = ctx.implementation.backward(grad_x, grad_h, *ctx.saved_tensors, ctx.norm, needs)
         return None, *grads, None, None
+
+
+def _fake_stats(x):
+    return like(x[..., 0], torch.float32), like(x[..., 0], torch.float32)
+
+
+_NORM = "Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, str norm, float eps"
+define(NORM_MODULATE, _NormModulate, f"Tensor x, {_NORM}",
+       lambda x, *_: (like(x), *_fake_stats(x)), returns=3)
+define(GATE_RESIDUAL, _GateResidual, "Tensor x, Tensor y, Tensor? gate", lambda x, *_: like(x), returns=1)
+define(GATE_RESIDUAL_NORM_MODULATE, _GateResidualNormModulate, f"Tensor x, Tensor y, Tensor? gate, {_NORM}",
+       lambda x, *_: (like(x), like(x), *_fake_stats(x)), returns=4, results=2)
 
 
 def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=None, eps=1e-6, backend="auto"):
