@@ -16,15 +16,16 @@ class Compiled:
 
     backward = None
 
-    def __init__(self, op, backend, results):
-        self.name, self.results, self._op, self._backend = backend, results, op, backend
+    def __init__(self, op, backend, pack, results):
+        self.name, self._op, self._pack, self._results = backend, op, pack, results
 
     def forward(self, *arguments):
         """The op's results, one tensor or a tuple of them, without what is saved for the backward pass."""
-        outputs = self._op(*arguments, self._backend)
+        outputs = self._op(*self._pack(*arguments), self.name)
         if isinstance(outputs, torch.Tensor):
             return outputs
-        return outputs[: self.results] if self.results > 1 else outputs[0]
+        outputs = (*outputs, *(None for _ in range(self._results - len(outputs))))[: self._results]
+        return outputs[0] if self._results == 1 else outputs
 
 
 class _Context:
@@ -46,21 +47,9 @@ def like(tensor, dtype=None):
 
 
 def _fresh(tensor, inputs):
-    """An op's result may not be one of its inputs, and has the strides that the fake promised."""
-    return tensor.clone() if any(tensor is other for other in inputs) else tensor.contiguous()
-
-
-def register(op, schema, run, fake, *, results, backward=None, setup_context=None):
-    """Define difuse::<op> with `schema` (arguments, then returns), to be called with the backend's name last."""
-    arguments, returns = schema.split(" -> ")
-    name = f"difuse::{op.name}"
-    _LIBRARY.define(f"{op.name}({arguments}, str backend) -> {returns}", tags=_TAGS)
-    _LIBRARY.impl(op.name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=_LIBRARY)
-    if backward:
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=_LIBRARY)
-    overload = getattr(torch.ops.difuse, op.name).default
-    op.compiled = {backend: Compiled(overload, backend, results) for backend in op.backends if backend != "reference"}
+    """A registered op's result shares no memory with its inputs and has the strides that the fake promised."""
+    shared = any(other is not None and torch._C._is_alias_of(tensor, other) for other in inputs)
+    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
 
 
 def _missing(name, backend):
@@ -80,63 +69,95 @@ def select(op, order, inputs):
     return None
 
 
-def running(op, backend, inputs):
+def _running(op, backend, inputs):
     """The implementation that a compiled graph asks for, if it still takes these inputs."""
-    implementation = op.implementation(backend)
     reason = op.refusal(backend, inputs)
     if reason is not None:  # the graph was traced on other inputs, or loaded on another machine
         raise RuntimeError(f"{op.name}: compiled for backend '{backend}', which now refuses: {reason}")
     op.chosen[backend, ()] += 1
-    return implementation
+    return op.implementation(backend)
 
 
-def define(op, function, schema, fake, *, returns, results=1):
+def _define(name, schema, run, fake):
+    _LIBRARY.define(f"{name}({schema}", tags=_TAGS)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"difuse::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.difuse, name).default
+
+
+def define(op, function, schema, fake, *, context=None, results=1, fake_backward=None, pack=lambda *given: given):
     """Register `op` and its backward from its autograd.Function.
 
-    schema: the arguments of `function` after the implementation, tensors first: "Tensor x, Tensor? scale, str norm".
-    fake(*arguments): what function.forward returns, empty: `returns` tensors, the first `results` of them the op's.
+    schema: the function's arguments after the implementation, tensors first ("Tensor x, Tensor? scale, str norm"), and
+    what it returns (" -> Tensor"). Or "Tensor?[] tensors, ..." for a number of them that varies, " -> Tensor[]": then
+    results that are None are left out, at the end.
+    fake(*arguments): what the function returns, as empty tensors. The first `results` are the op's.
+    context: the schema of what the function keeps for its backward pass beside tensors, by the names it has on ctx;
+    without it, all arguments that are not tensors.
+    fake_backward(grads, saved, *context): the gradients of all tensors, empty, where they are not all shaped like what
+    was saved or, if they were not saved, like the first result.
+    pack: makes the registered op's arguments of those that the reference takes.
     """
-    arguments = schema.split(", ")
-    constants = [argument.split()[1] for argument in arguments if not argument.startswith("Tensor")]
-    tensors = len(arguments) - len(constants)
+    arguments, returns = schema.split(" -> ")
+    listed = arguments.startswith("Tensor?[]")
+    others = [argument for argument in arguments.split(", ") if not argument.startswith("Tensor")]
+    constants, context = len(others), ", ".join(others) if context is None else context
+    kept = [field.split()[1] for field in context.split(", ")] if context else []
+
+    def flat(inputs):
+        """(tensors, constants) of the registered op's arguments."""
+        tensors = inputs[: len(inputs) - constants]
+        return (tensors[0] if listed else tensors), inputs[len(inputs) - constants :]
+
+    def present(outputs):
+        return [output for output in outputs if output is not None] if listed else outputs
 
     def run(*inputs):
         *inputs, backend = inputs
-        return function.forward(running(op, backend, tuple(inputs[:tensors])), *inputs)
+        tensors, values = flat(inputs)
+        return present(function.forward(_running(op, backend, tuple(tensors)), *tensors, *values))
 
     def setup_context(ctx, inputs, output):
         *inputs, ctx.backend = inputs
+        tensors, values = flat(inputs)
         recorded = _Context()
-        function.setup_context(recorded, (None, *inputs), output)
+        function.setup_context(recorded, (None, *tensors, *values), output)
         ctx.save_for_backward(*recorded.saved_tensors)
-        ctx.constants = inputs[tensors:]
+        ctx.kept = [getattr(recorded, name) for name in kept]
         ctx.at = [next((i for i, saved in enumerate(recorded.saved_tensors) if saved is tensor), -1)
-                  for tensor in inputs[:tensors]]
+                  for tensor in tensors]
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
-        needs = [bool(need) for need in ctx.needs_input_grad[:tensors]]
-        found = iter(backward_op(list(grads), list(ctx.saved_tensors), *ctx.constants, ctx.at, needs, ctx.backend))
-        return *(next(found) if need else None for need in needs), *(None for _ in constants), None
+        grads = grads[0] if listed else grads
+        needs = ctx.needs_input_grad[0] if listed else ctx.needs_input_grad[: len(ctx.at)]
+        needs = [bool(need) for need in needs]
+        found = iter(backward_op(list(grads), list(ctx.saved_tensors), *ctx.kept, ctx.at, needs, ctx.backend))
+        found = [next(found) if need else None for need in needs]
+        return *([found] if listed else found), *(None for _ in range(constants + 1))
 
     def run_backward(grads, saved, *rest):
         *values, _, needs, backend = rest
         ctx = _Context()
-        vars(ctx).update(zip(constants, values, strict=True))
+        vars(ctx).update(zip(kept, values, strict=True))
         ctx.implementation, ctx.saved_tensors = op.implementation(backend), tuple(saved)
-        ctx.needs_input_grad = (False, *needs, *(False for _ in values))
-        found = function.backward(ctx, *grads)[1 : 1 + tensors]
+        ctx.needs_input_grad = (False, *needs, *(False for _ in range(constants)))
+        padding = (None for _ in range(results - len(grads)))
+        found = function.backward(ctx, *grads, *padding)[1 : 1 + len(needs)]
         return [_fresh(grad, grads) for grad, need in zip(found, needs, strict=True) if need]
 
-    def fake_backward(grads, saved, *rest):
-        *_, at, needs, _ = rest  # an input that was not saved is shaped like a result
-        result = next(grad for grad in grads if grad is not None)
-        return [like(result if i < 0 else saved[i]) for i, need in zip(at, needs, strict=True) if need]
+    def run_fake_backward(grads, saved, *rest):
+        *values, at, needs, _ = rest
+        if fake_backward is None:
+            result = next(grad for grad in grads if grad is not None)
+            found = [result if i < 0 else saved[i] for i in at]
+            return [like(tensor) for tensor, need in zip(found, needs, strict=True) if need]
+        return [grad for grad, need in zip(fake_backward(grads, saved, *values), needs, strict=True) if need]
 
-    register(op, f"{schema} -> ({', '.join(['Tensor'] * returns)})", run, lambda *inputs: fake(*inputs[:-1]),
-             results=results, backward=backward, setup_context=setup_context)
-    rest = ", ".join(["", *arguments[tensors:], "int[] at, bool[] needs, str backend"])
-    _LIBRARY.define(f"{op.name}_backward(Tensor?[] grads, Tensor?[] saved{rest}) -> Tensor[]", tags=_TAGS)
-    _LIBRARY.impl(f"{op.name}_backward", run_backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"difuse::{op.name}_backward", fake_backward, lib=_LIBRARY)
-    backward_op = getattr(torch.ops.difuse, f"{op.name}_backward").default
+    overload = _define(op.name, f"{arguments}, str backend) -> {returns}", run, lambda *inputs: present(
+        fake(*flat(inputs[:-1])[0], *flat(inputs[:-1])[1])))
+    torch.library.register_autograd(f"difuse::{op.name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    context = ", ".join(filter(None, (context, "int[] at, bool[] needs, str backend")))
+    backward_op = _define(f"{op.name}_backward", f"Tensor?[] grads, Tensor?[] saved, {context}) -> Tensor[]",
+                          run_backward, run_fake_backward)
+    op.compiled = {backend: Compiled(overload, backend, pack, results) for backend in op.backends[1:]}

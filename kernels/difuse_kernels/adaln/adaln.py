@@ -56,8 +56,7 @@ class _NormModulate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _mean, _rstd):
-        needs = ctx.needs_input_grad[1:6]
-        grads = ctx.implementation.backward(grad, *ctx.saved_tensors, ctx.norm, needs)
+        grads = ctx.implementation.backward(grad, *ctx.saved_tensors, ctx.norm, ctx.needs_input_grad[1:6])
         return None, *grads, None, None
 
 
@@ -74,8 +73,7 @@ class _GateResidual(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[1:]
-        return None, *ctx.implementation.backward(grad, *ctx.saved_tensors, grad.dtype, needs)
+        return None, *ctx.implementation.backward(grad, *ctx.saved_tensors, grad.dtype, ctx.needs_input_grad[1:])
 
 
 class _GateResidualNormModulate(torch.autograd.Function):
@@ -94,21 +92,20 @@ class _GateResidualNormModulate(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_x, grad_h, _mean, _rstd):
-        needs = ctx.needs_input_grad[1:8]
-        grads = ctx.implementation.backward(grad_x, grad_h, *ctx.saved_tensors, ctx.norm, needs)
+        grads = ctx.implementation.backward(grad_x, grad_h, *ctx.saved_tensors, ctx.norm, ctx.needs_input_grad[1:8])
         return None, *grads, None, None
 
 
-def _fake_stats(x):
-    return like(x[..., 0], torch.float32), like(x[..., 0], torch.float32)
+def _fake(x, *_):
+    return like(x), like(x[..., 0], torch.float32), like(x[..., 0], torch.float32)
 
 
 _NORM = "Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, str norm, float eps"
-define(NORM_MODULATE, _NormModulate, f"Tensor x, {_NORM}",
-       lambda x, *_: (like(x), *_fake_stats(x)), returns=3)
-define(GATE_RESIDUAL, _GateResidual, "Tensor x, Tensor y, Tensor? gate", lambda x, *_: like(x), returns=1)
-define(GATE_RESIDUAL_NORM_MODULATE, _GateResidualNormModulate, f"Tensor x, Tensor y, Tensor? gate, {_NORM}",
-       lambda x, *_: (like(x), like(x), *_fake_stats(x)), returns=4, results=2)
+define(NORM_MODULATE, _NormModulate, f"Tensor x, {_NORM} -> (Tensor, Tensor, Tensor)", _fake, context="str norm")
+define(GATE_RESIDUAL, _GateResidual, "Tensor x, Tensor y, Tensor? gate -> Tensor", lambda x, *_: like(x))
+define(GATE_RESIDUAL_NORM_MODULATE, _GateResidualNormModulate,
+       f"Tensor x, Tensor y, Tensor? gate, {_NORM} -> (Tensor, Tensor, Tensor, Tensor)",
+       lambda x, *_: (like(x), *_fake(x)), context="str norm", results=2)
 
 
 def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=None, eps=1e-6, backend="auto"):
