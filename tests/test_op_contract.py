@@ -26,6 +26,13 @@ each_kernel = pytest.mark.parametrize(
     "case, backend", [pytest.param(c, b, id=f"{c}-{b}") for c in cases() for b in kernels(c)])
 
 
+def each_kernel_in(*names, interpreted):
+    """Case x kernel x dtype; in the interpreter, a thousand times slower, what no dtype changes is asked in one."""
+    return pytest.mark.parametrize("case, backend, dtype", [
+        pytest.param(c, b, DTYPES[name], id=f"{c}-{b}-{name}") for c in cases() for b in kernels(c)
+        for name in ((interpreted,) if b == "triton" and INTERPRETED else names)])
+
+
 def same_bits(a, b):
     """Bitwise equality: also of nans and signed zeros."""
     integers = {4: torch.int32, 2: torch.int16, 8: torch.int64}[a.element_size()]
@@ -49,8 +56,7 @@ def test_error_budget(case, backend, dtype):
         assert line.largest > 0 or line.size == 0 or not line.name.startswith("out") or case.name.endswith("zeros")
 
 
-@every_dtype
-@each_kernel
+@each_kernel_in(*DTYPES, interpreted="fp32")
 def test_bit_determinism(case, backend, dtype):
     require(backend)
     op, device = getattr(difuse_kernels, case.op), device_of(backend)
@@ -74,8 +80,7 @@ def test_bit_determinism(case, backend, dtype):
         torch.set_num_threads(threads)
 
 
-@each_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_kernel_in("fp32", "bf16", interpreted="fp32")
 def test_batch_invariance(case, backend, dtype):
     require(backend)
     op, device = getattr(difuse_kernels, case.op), device_of(backend)
@@ -120,8 +125,7 @@ def fenced(monkeypatch):
     return check
 
 
-@each_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@each_kernel_in("fp32", "bf16", interpreted="bf16")
 def test_outputs_written_and_fences_intact(case, backend, dtype, fenced):
     require(backend)
     outputs, grads = run(getattr(difuse_kernels, case.op), case, dtype, device=device_of(backend), backend=backend)
