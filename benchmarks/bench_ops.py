@@ -91,6 +91,8 @@ ONE_ROW = [Case(op, "one_row", build, "nothing to do but the call itself", speed
     ("attention", lambda make: (tuple(make(name, 1, 1, 1, 8) for name in "qkv"), {})),
     ("patchify", lambda make: ((make("x", 1, 4, 2, 2), (2, 2)), {"order": "cpq"})),
     ("unpatchify", lambda make: ((make("tokens", 1, 1, 16), (2, 2), (1, 1)), {"order": "pqc"})),
+    ("qk_norm_rope", lambda make: ((make("q", 1, 1, 1, 8), make("k", 1, 1, 1, 8)), {})),
+    ("qk_norm_rope_joint", lambda make: (([difuse_kernels.Stream(*(make(name, 1, 1, 1, 8) for name in "qkv"))],), {})),
     ("sampler_step", lambda make: (([make(f"x{j}", 1, 8) for j in range(3)],
                                     make.constant(torch.tensor([[0.9, 0.3, -0.2]]), batched=False)), {})),
 )]
@@ -126,7 +128,10 @@ def first_shape(case):
 
     make.constant = lambda values, batched=True: values
     args, _ = case.build(make)
-    return list((args[0] if torch.is_tensor(args[0]) else args[0][0]).shape)
+    first = args[0]
+    while not torch.is_tensor(first):  # a list of tensors, or of streams
+        first = first[0]
+    return list(first.shape)
 
 
 def rows(case, dtype_name, ceilings, passes=(FORWARD, BOTH), compiles=False):

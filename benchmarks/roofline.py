@@ -20,11 +20,17 @@ BACKWARD_READS = {
     "patchify": ((), ()),
     "unpatchify": ((), ()),
     "sampler_step": ((), ()),
+    "gated_activation": ((0,), ()),
+    "qk_norm_rope": ((0, 1), ()),
+    "qk_norm_rope_joint": (tuple(9 * i + field for i in range(4) for field in (0, 1, 7, 8)), ()),  # v's is handed on
 }
-FLOPS_PER_ELEMENT = {  # forward, backward; LayerNorm 6, modulate 2, gate 2
+FLOPS_PER_ELEMENT = {  # forward, backward; LayerNorm 6, modulate 2, gate 2, an activation 10, a rotation 3
     "norm_modulate": (8, 13),
     "gate_residual": (2, 3),
     "gate_residual_norm_modulate": (10, 16),
+    "gated_activation": (10, 20),
+    "qk_norm_rope": (8, 16),
+    "qk_norm_rope_joint": (8, 16),
     "patchify": (0, 0),
     "unpatchify": (0, 0),
 }
@@ -59,16 +65,21 @@ def last_level_cache():
 
 def work(op, args, kwargs, outputs, backward):
     """(bytes, FLOPs) of one forward pass, or of forward and backward, each tensor read or written once."""
-    inputs = [a for a in args[0]] + [args[1]] if op == "sampler_step" else [*args, *kwargs.values()]
+    if op == "qk_norm_rope_joint":
+        inputs = [tensor for stream in args[0] for tensor in stream]
+    else:
+        inputs = [a for a in args[0]] + [args[1]] if op == "sampler_step" else [*args, *kwargs.values()]
     tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
     total = sum(map(_bytes, tensors)) + sum(map(_bytes, outputs))
     if backward:
         again_inputs, again_outputs = BACKWARD_READS[op]
         again = [inputs[i] for i in again_inputs if i < len(inputs)] + [outputs[i] for i in again_outputs]
         if again_inputs:
-            again.append(kwargs.get("weight"))
-        gradients = [t for t in tensors if t.requires_grad and not (op == "gate_residual" and t is inputs[0])]
-        total += sum(map(_bytes, outputs)) + sum(map(_bytes, again)) + sum(map(_bytes, gradients))
+            again += [kwargs.get(name) for name in ("weight", "cos", "sin")]
+        handed_on = {"gate_residual": inputs[:1], "qk_norm_rope_joint": inputs[2::9]}.get(op, ())
+        gradients = [t for t in tensors if t.requires_grad and not any(t is other for other in handed_on)]
+        incoming = outputs[:2] if op == "qk_norm_rope_joint" else outputs
+        total += sum(map(_bytes, incoming)) + sum(map(_bytes, again)) + sum(map(_bytes, gradients))
     return total, _flops(op, args, outputs, backward)
 
 
@@ -77,7 +88,7 @@ def _flops(op, args, outputs, backward):
         batch, queries, heads, head_dim = args[0].shape
         products = 2 + (5 if backward else 0)  # qk, pv; then both again and qk recomputed
         return products * 2 * batch * heads * queries * args[1].shape[1] * head_dim
-    elements = outputs[-1].numel()
+    elements = sum(out.numel() for out in (outputs[:2] if op.startswith("qk_norm_rope") else outputs[-1:]))
     if op == "sampler_step":
         return 2 * len(args[0]) * len(outputs) * elements * (1 + backward)
     forward, more = FLOPS_PER_ELEMENT[op]

@@ -53,8 +53,24 @@ struct TensorList {
   X(patchify, (const Tensor& image, const Tensor& tokens, int64_t t, int64_t p, int64_t q, const char* order,          \
                bool to_image))                                                                                         \
   /* outputs[i] = sum_j coefficients[i,j] * inputs[j], coefficients f32 [I,J] or [B,I,J]; any strides, but outputs are \
-     contiguous. Absent inputs count as zeros, absent outputs are not computed. */                                     \
-  X(sampler_step, (const TensorList& inputs, const Tensor& coefficients, const TensorList& outputs))                   \
+     contiguous. Absent inputs count as zeros, absent outputs are not computed. noise i32 [B,4], the words of (seed,   \
+     step), or absent: one more input, normal values. */                                                               \
+  X(sampler_step, (const TensorList& inputs, const Tensor& coefficients, const Tensor& noise,                          \
+                   const TensorList& outputs))                                                                         \
+  /* x and out: q, k and v [B,S,H,D], any of them absent; v is copied. weight and bias: q's and k's, [D], or [H*D] if  \
+     the norm (0 none, 1 RMSNorm, 2 LayerNorm) is full. cos and sin [S,P], [B,S,P] or [B,S,H,P], any strides; inverse  \
+     turns back. */                                                                                                    \
+  X(qk_norm_rope_forward, (const TensorList& x, const TensorList& out, const TensorList& weight,                       \
+                           const TensorList& bias, const Tensor& cos, const Tensor& sin, int norm, bool full,          \
+                           bool interleaved, bool inverse, float eps))                                                 \
+  /* Lists of q's and k's. Where dout is absent nothing is computed; neither are gradients that are absent. */         \
+  X(qk_norm_rope_backward, (const TensorList& dout, const TensorList& x, const TensorList& weight, const Tensor& cos,  \
+                            const Tensor& sin, bool layer_norm, bool full, bool interleaved, float eps,                \
+                            const TensorList& dx, const TensorList& dweight, const TensorList& dbias))                 \
+  /* h [...,2F] strided, out [...,F]; activation is "silu", "gelu" or "gelu_tanh", of the first half or the second. */  \
+  X(gated_activation_forward, (const Tensor& h, const char* activation, bool first, const Tensor& out))                \
+  X(gated_activation_backward, (const Tensor& dout, const Tensor& h, const char* activation, bool first,               \
+                                const Tensor& dh))                                                                     \
   X(gate_residual_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& out))                  \
   X(gate_residual_backward, (const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy,                \
                              const Tensor& dgate))

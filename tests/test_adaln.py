@@ -12,6 +12,12 @@ from difuse_kernels import (
     use_backend,
 )
 from difuse_kernels.testing.eager import EAGER
+from difuse_kernels.testing.numerics import backends_here
+from difuse_kernels.triton_launch import INTERPRETED
+
+# on CPU tensors
+each_backend = pytest.mark.parametrize(
+    "backend", [b for b in backends_here("norm_modulate") if b in ("cpu", "triton") and (b == "cpu" or INTERPRETED)])
 
 
 def draw(*shape, seed=0, **options):
@@ -23,12 +29,13 @@ def leaves(B=2, S=35, D=40):
     return {name: draw(*shape, seed=i).requires_grad_() for i, (name, shape) in enumerate(names.items())}
 
 
+@each_backend
 @pytest.mark.parametrize("used", ["x_new", "h"])
-def test_loss_through_one_output_only(used):
+def test_loss_through_one_output_only(used, backend):
     grads = []
-    for backend in ("auto", "reference"):
+    for name in (backend, "reference"):
         inputs = leaves()
-        x_new, h = gate_residual_norm_modulate(*inputs.values(), backend=backend)
+        x_new, h = gate_residual_norm_modulate(*inputs.values(), backend=name)
         ((x_new if used == "x_new" else h) * draw(2, 35, 40, seed=9)).sum().backward()
         grads.append({name: leaf.grad for name, leaf in inputs.items()})
     for name, expected in grads[1].items():
@@ -39,11 +46,12 @@ def test_loss_through_one_output_only(used):
             torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5, msg=name)
 
 
+@each_backend
 @pytest.mark.parametrize("frozen", ["x", "y", "gate", "scale", "shift"])
-def test_frozen_input_gets_no_gradient_and_the_others_do(frozen):
+def test_frozen_input_gets_no_gradient_and_the_others_do(frozen, backend):
     inputs = leaves()
     inputs[frozen].requires_grad_(False)
-    x_new, h = gate_residual_norm_modulate(*inputs.values())
+    x_new, h = gate_residual_norm_modulate(*inputs.values(), backend=backend)
     (x_new.square().sum() + h.square().sum()).backward()
     for name, leaf in inputs.items():
         assert (leaf.grad is None) == (name == frozen), name
@@ -77,8 +85,8 @@ def test_tensor_subclasses_are_read_like_tensors():
 def test_explicit_backend_is_honoured_or_raises():
     x = draw(2, 4, 8)
     strided = draw(2, 8, 4).transpose(1, 2)
-    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run.*\(2, 4, 8\) torch.float32.*reference: ready"):
-        norm_modulate(x, backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run.*\(2, 4, 8\) torch.float32.*reference: ready"):
+        norm_modulate(x, backend="cuda")
     if difuse_kernels.native.missing() is None:
         with pytest.raises(RuntimeError, match="last dimension of input 0 is strided"):
             norm_modulate(strided, backend="cpu")

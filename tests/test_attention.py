@@ -1,4 +1,5 @@
 """What is special to attention: masks as identities, hidden garbage, few heads on many threads, refusals."""
+import importlib
 import subprocess
 import sys
 
@@ -6,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from difuse_kernels import attention
+from difuse_kernels import attention, attention_packed, triton_launch
+from difuse_kernels.attention.attention import ATTENTION
 from difuse_kernels.testing.numerics import backends_here
 
 BACKENDS = backends_here("attention")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native module is not built")
 
 
@@ -83,12 +86,62 @@ def test_no_visible_key_gives_zeros(backend, mask):
         assert (tensor[1] == 0).all() and (tensor[0] != 0).any() and torch.isfinite(tensor).all()
 
 
-@every_backend
-def test_lengths_outside_the_keys_are_clamped(backend):
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_lengths_that_cannot_be_read_are_clamped(backend):
+    """Lengths on a GPU are not looked at before the kernel: it must not run off the keys."""
     q, k, v = inputs()
-    whole = attention(q, k, v, backend=backend)
-    out = attention(q, k, v, kv_lengths=lengths(1000, -3), backend=backend)
+    kernel = ATTENTION.implementation(backend)
+    whole, stats = kernel.forward(q, k, v, None, None, 0.2, True)
+    out, stats = kernel.forward(q, k, v, lengths(1000, -3), None, 0.2, True)
     assert torch.equal(out[0], whole[0]) and (out[1] == 0).all()
+    grads = kernel.backward(whole, q, k, v, lengths(1000, -3), None, out, stats, 0.2, (True, True, True, False))
+    assert all((g[1] == 0).all() and torch.isfinite(g).all() for g in grads[:3])
+
+
+@needs_triton
+@pytest.mark.parametrize("change, reason", [
+    (dict(D=20), "not a multiple of 8"), (dict(D=264), "up to 256"), (dict(dtype=torch.float64), "float64")])
+def test_triton_refuses(change, reason):
+    with pytest.raises(RuntimeError, match=f"triton: [^;]*{reason}"):
+        attention(*inputs(**change), backend="triton")
+
+
+@needs_triton
+def test_triton_refuses_a_strided_last_dimension_and_foreign_devices(monkeypatch):
+    q, k, v = inputs(D=48)
+    with pytest.raises(RuntimeError, match="the last dimension of input 1 is strided"):
+        attention(q[..., :24], k[..., ::2], v[..., :24], backend="triton")
+    with pytest.raises(RuntimeError, match="the last dimension of input 3 is strided"):
+        attention(q, k, v, key_bias=torch.zeros(37, 2).t(), backend="triton")
+    unsupported = ATTENTION.implementation("triton").unsupported
+    assert "kv_lengths is on another device" in unsupported("attention", (q, k, v, lengths(1, 1).to("meta"), None))
+    monkeypatch.setattr(triton_launch, "INTERPRETED", False)
+    assert unsupported("attention", (q, k, v, None, None)) == "input 0 is on cpu"
+
+
+@needs_triton
+def test_triton_takes_strides_of_any_size(monkeypatch):
+    """Offsets inside a block leave 32 bits from some stride on: the same results in 64."""
+    qkv = draw(2, 35, 3, 2, 24, grad=True)
+    narrow = attention_packed(qkv, backend="triton")
+    (grad,) = torch.autograd.grad(narrow.square().sum(), qkv)
+    monkeypatch.setattr(importlib.import_module("difuse_kernels.attention.attention_triton"), "WIDE", 1)
+    wide = attention_packed(qkv, backend="triton")
+    assert torch.equal(wide, narrow) and torch.equal(torch.autograd.grad(wide.square().sum(), qkv)[0], grad)
+
+
+@every_backend
+def test_packed_is_attention_on_the_three(backend):
+    qkv, bias = draw(2, 19, 3, 2, 24, grad=True), draw(2, 19, seed=4, grad=True)
+    options = dict(kv_lengths=lengths(19, 7), key_bias=bias, scale=0.3, backend=backend)
+    packed, three = attention_packed(qkv, **options), attention(*qkv.unbind(2), **options)
+    assert torch.equal(packed, three)
+    for ours, theirs in zip(torch.autograd.grad(packed.square().sum(), (qkv, bias)),
+                            torch.autograd.grad(three.square().sum(), (qkv, bias)), strict=True):
+        assert torch.equal(ours, theirs)
+    assert attention_packed(qkv, **options | {"key_bias": None}).requires_grad
+    (alone,) = torch.autograd.grad(attention_packed(qkv.detach(), **options).square().sum(), bias)
+    assert torch.isfinite(alone).all()
 
 
 @every_backend
@@ -121,12 +174,12 @@ def test_few_heads_on_many_threads_give_the_same_bits(B, Sq, Sk, H, Hkv):
         assert all(map(torch.equal, results[0], other))
 
 
-@needs_cpu
-def test_only_the_wanted_gradients():
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_only_the_wanted_gradients(backend):
     for wanted in range(1, 15):
-        leaves = [*inputs(), draw(2, 37, seed=4)]
+        leaves = [*inputs(1, 3, 5, 2, 1, 8), draw(1, 5, seed=4)]
         chosen = [t.requires_grad_() for i, t in enumerate(leaves) if wanted >> i & 1]
-        ours = torch.autograd.grad(attention(*leaves[:3], key_bias=leaves[3], backend="cpu").square().sum(), chosen)
+        ours = torch.autograd.grad(attention(*leaves[:3], key_bias=leaves[3], backend=backend).square().sum(), chosen)
         truth = torch.autograd.grad(
             attention(*leaves[:3], key_bias=leaves[3], backend="reference").square().sum(), chosen)
         for got, expected in zip(ours, truth, strict=True):
@@ -185,6 +238,11 @@ BAD = {
     "lengths_dtype": (lambda q, k, v: attention(q, k, v, kv_lengths=torch.tensor([1, 2])), TypeError, "int32"),
     "lengths_list": (lambda q, k, v: attention(q, k, v, kv_lengths=[1, 2]), TypeError, "kv_lengths is list"),
     "lengths_shape": (lambda q, k, v: attention(q, k, v, kv_lengths=lengths(1)), ValueError, r"expected \(2,\)"),
+    "lengths_above": (lambda q, k, v: attention(q, k, v, kv_lengths=lengths(37, 38)), ValueError,
+                      r"kv_lengths\[1\] is 38; expected 0 to 37"),
+    "lengths_below": (lambda q, k, v: attention(q, k, v, kv_lengths=lengths(-1, 3)), ValueError, r"\[0\] is -1"),
+    "packed_shape": (lambda q, k, v: attention_packed(q), ValueError, r"expected \[B,S,3,H,Dh\]"),
+    "packed_three": (lambda q, k, v: attention_packed(q[None]), ValueError, r"expected \[B,S,3,H,Dh\]"),
     "bias_shape": (lambda q, k, v: attention(q, k, v, key_bias=torch.zeros(2, 9)), ValueError, r"expected \(2, 37\)"),
     "bias_bool": (lambda q, k, v: attention(q, k, v, key_bias=torch.ones(2, 37).bool()), TypeError, "torch.bool"),
     "device": (lambda q, k, v: attention(q, k.to("meta"), v), ValueError, "cpu and meta"),
@@ -196,4 +254,4 @@ BAD = {
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message) as caught:
         call(*inputs())
-    assert str(caught.value).startswith("attention: ")
+    assert str(caught.value).startswith(("attention: ", "attention_packed: "))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from difuse_kernels import patchify, unpatchify, use_backend
 from difuse_kernels.testing.numerics import backends_here
+from difuse_kernels.triton_launch import INTERPRETED
 
 BACKENDS = backends_here("patchify")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -84,9 +85,12 @@ def test_every_order_against_the_definition(order, backend):
 @pytest.mark.parametrize("C", [1, 3, 4, 7, 8, 9, 16, 20, 33])
 @pytest.mark.parametrize("q", [1, 2, 3, 4, 8])
 def test_widths_and_channels(C, q, backend):
-    for order in ("cpq", "pqc", "pcq", "qpc"):
-        for cells in (1, 2, 5, 16, 19):
-            for dtype in (torch.float32, torch.float16):
+    orders, widths, dtypes = ("cpq", "pqc", "pcq", "qpc"), (1, 2, 5, 16, 19), (torch.float32, torch.float16)
+    if backend == "triton" and INTERPRETED:  # slow: one of all
+        orders, widths, dtypes = (orders[(C + q) % 4],), (widths[C % 5],), (dtypes[q % 2],)
+    for order in orders:
+        for cells in widths:
+            for dtype in dtypes:
                 x = draw(2, C + 2, 4, cells * q + 3, dtype=dtype)[:, 1:-1, :, 2 : cells * q + 2]
                 tokens = patchify(x, (2, q), order=order, backend=backend)
                 assert torch.equal(tokens, patchify(x, (2, q), order=order, backend="reference"))

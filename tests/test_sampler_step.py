@@ -1,10 +1,12 @@
 """What is special to sampler_step: textbook updates, plain arithmetic, any strides, gradients of the coefficients."""
+import math
 import warnings
 
 import pytest
 import torch
 
 from difuse_kernels import dispatch, sampler_step
+from difuse_kernels.sampler_step.sampler_step_reference import normals, philox
 from difuse_kernels.testing.numerics import backends_here
 
 BACKENDS = backends_here("sampler_step")
@@ -155,6 +157,100 @@ def test_many_dimensions(backend):
             sampler_step([x.unsqueeze(0) for x in inputs], torch.ones(1, 2), backend=backend)
 
 
+def seeds(*pairs):
+    return torch.tensor(pairs, dtype=torch.int64)
+
+
+def noise_of(backend, shape, noise, dtype=torch.float32):
+    """The noise alone."""
+    c = torch.tensor([[0.0, 1.0]])
+    return sampler_step([torch.zeros(shape)], c, noise=noise, out_dtypes=[dtype], backend=backend)[0]
+
+
+@pytest.mark.parametrize("counter, key, words", [
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+])
+def test_philox_gives_the_published_words(counter, key, words):
+    """Random123's kat_vectors for philox4x32-10."""
+    def read(text):
+        return [torch.tensor([int(word, 16)]) for word in text.split()]
+
+    assert [int(word) for word in philox(read(counter), read(key))] == [int(word, 16) for word in words.split()]
+
+
+def by_hand(seed, step, at):
+    """One normal value, from the definition, in float64."""
+    counter = [at // 4 & 0xFFFFFFFF, at // 4 >> 32, step & 0xFFFFFFFF, step >> 32 & 0xFFFFFFFF]
+    words = philox([torch.tensor([word]) for word in counter],
+                   [torch.tensor([seed & 0xFFFFFFFF]), torch.tensor([seed >> 32 & 0xFFFFFFFF])])
+    r = [float(word.float()) * 2.0**-32 for word in words]
+    u, v = r[at % 4 // 2 * 2] + 2.0**-33, r[at % 4 // 2 * 2 + 1]
+    return math.sqrt(-2 * math.log(u)) * (math.sin, math.cos)[at % 2 == 0](2 * math.pi * v)
+
+
+@every_backend
+def test_noise_is_what_the_definition_says(backend):
+    pairs = [[0, 0], [2**63 - 1, 2**40 + 5], [-1, -1]]
+    z = noise_of(backend, (3, 2, 5, 31), seeds(*pairs)).flatten(1).double()
+    expected = torch.tensor([[by_hand(*pair, at) for at in range(310)] for pair in pairs], dtype=torch.float64)
+    torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-6)
+
+
+@every_backend
+def test_noise_depends_on_seed_step_and_place_alone(backend):
+    noise = seeds([1, 0], [2, 0], [1, 1], [1, 0])
+    z = noise_of(backend, (4, 3, 100), noise)
+    assert torch.equal(z[0], z[3]) and not any(torch.equal(z[0], other) for other in (z[1], z[2]))
+    for b in range(4):  # batch mates, shape, strides and how much follows do not matter
+        assert torch.equal(noise_of(backend, (1, 30, 10), noise[b : b + 1]).flatten(), z[b].flatten())
+        assert torch.equal(noise_of(backend, (1, 37), noise[b : b + 1]).flatten(), z[b].flatten()[:37])
+    x = torch.zeros(3, 4, 100).transpose(0, 1)
+    assert torch.equal(sampler_step([x], torch.tensor([[1.0, 1.0]]), noise=noise, backend=backend)[0], z)
+
+
+@every_backend
+def test_noise_updated_in_place_is_the_next_steps(backend):
+    noise, c = seeds([5, 0], [6, 0]), torch.tensor([[1.0, 0.5]])
+    x = draw(2, 3, 9)
+    first = sampler_step([x], c, noise=noise, backend=backend)[0]
+    noise[:, 1] += 1
+    second = sampler_step([x], c, noise=noise, backend=backend)[0]
+    assert not torch.equal(first, second)
+    assert torch.equal(second, sampler_step([x], c, noise=seeds([5, 1], [6, 1]), backend=backend)[0])
+
+
+@every_backend
+def test_noise_is_a_constant_to_autograd(backend):
+    x = draw(3, 2, 7).requires_grad_()
+    c, grad = draw(3, 2, 2, seed=1), draw(3, 2, 7, seed=2)
+    out = sampler_step([x], c, noise=seeds([1, 2], [3, 4], [5, 6]), backend=backend)
+    torch.autograd.backward(out, (grad, grad))
+    torch.testing.assert_close(x.grad, (c[:, 0, 0] + c[:, 1, 0]).view(3, 1, 1) * grad, rtol=1e-6, atol=1e-6)
+
+
+def test_noise_is_standard_normal_and_its_streams_independent():
+    """Each statistic within 5 standard deviations of its expectation over n values."""
+    n = 1 << 18
+    noise = seeds([0, 0], [1, 0], [0, 1], [2**32, 0], [0, 2**32], [123456789, 42])
+    z = normals(noise, torch.Size((6, n)), torch.float32).double()
+    within = 5 / n**0.5
+    assert z.mean(1).abs().max() < within
+    assert (z.square().mean(1) - 1).abs().max() < within * 2**0.5
+    assert z.pow(3).mean(1).abs().max() < within * 15**0.5
+    assert (z.pow(4).mean(1) - 3).abs().max() < within * 96**0.5
+    for lag in (1, 2, 3, 4, 5, 64, 4096):
+        assert (z[:, lag:] * z[:, :-lag]).mean(1).abs().max() < within * 1.01
+        squares = z.square() - 1  # cos and sin share a radius and a turn: dependence would show here
+        assert (squares[:, lag:] * squares[:, :-lag]).mean(1).abs().max() < within * 2 * 1.01
+    between = z @ z.T / n - torch.eye(6, dtype=torch.float64)
+    assert between.abs().max() < within * 2**0.5
+    bins = torch.histc(torch.special.ndtr(z), 64, 0, 1)  # chi-square over 63 degrees of freedom: 63 +- 11.2
+    assert 63 - 56 < ((bins - 6 * n / 64) ** 2 / (6 * n / 64)).sum() < 63 + 56
+    assert z.abs().max() > 4.5 and torch.isfinite(z).all()
+
+
 X, ONE = torch.zeros(2, 3, 4), torch.ones(1, 1)
 
 
@@ -175,7 +271,13 @@ X, ONE = torch.zeros(2, 3, 4), torch.ones(1, 1)
     (lambda: sampler_step([X], ONE, out_dtypes=(torch.int8,)), ValueError, "expected 1 floating dtypes"),
     (lambda: sampler_step([X], ONE, out_dtypes=(X.dtype,) * 2), ValueError, "expected 1 floating dtypes"),
     (lambda: sampler_step([X], ONE, out_dtypes=X.dtype), ValueError, "out_dtypes is torch.float32; expected 1"),
-    (lambda: sampler_step([X], ONE, backend="triton"), RuntimeError, "backend 'triton' cannot run"),
+    (lambda: sampler_step([X], ONE, backend="cuda"), RuntimeError, "backend 'cuda' cannot run"),
+    (lambda: sampler_step([X], ONE, noise=torch.ones(2, 2)), ValueError, r"noise is torch.float32 \(2, 2\); expected "
+                                                                         r"torch.int64 \(2, 2\)"),
+    (lambda: sampler_step([X], ONE, noise=torch.ones(1, 2).long()), ValueError, r"\(1, 2\); expected torch.int64"),
+    (lambda: sampler_step([X], ONE, noise=7), ValueError, "noise is int"),
+    (lambda: sampler_step([X], ONE, noise=torch.ones(2, 2).long()), ValueError, r"expected \[I,2\].*and the noise"),
+    (lambda: sampler_step([X], ONE, noise=torch.ones(2, 2).long().to("meta")), ValueError, "on cpu and meta"),
 ])
 def test_errors_say_what_to_do(call, error, message):
     with pytest.raises(error, match=message):

@@ -4,20 +4,26 @@
     attention                                       attention/                           csrc/attention/
     norm_modulate, gate_residual,
     gate_residual_norm_modulate                     adaln/                               csrc/adaln/
+    gated_activation                                gated_activation/                    csrc/gated_activation/
     patchify, unpatchify                            patchify/                            csrc/patchify/
+    qk_norm_rope, qk_norm_rope_joint                qk_norm_rope/                        csrc/qk_norm_rope/
     sampler_step                                    sampler_step/                        csrc/sampler_step/
 
 `<op>/<op>.py` is the contract, `<op>/<op>_reference.py` the specification in plain PyTorch, `<op>/<op>_cpu.py` the
 launcher of the C++ kernel. `dispatch.py` chooses; `python -m difuse_kernels` prints what runs on this machine.
 """
+from difuse_kernels import library_ops  # noqa: F401  registers them
 from difuse_kernels.adaln.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
-from difuse_kernels.attention.attention import attention
+from difuse_kernels.attention.attention import attention, attention_packed
 from difuse_kernels.dispatch import use_backend
 from difuse_kernels.explaining import explain, explain_reset
+from difuse_kernels.gated_activation.gated_activation import gated_activation
 from difuse_kernels.patchify.patchify import patchify, unpatchify
+from difuse_kernels.qk_norm_rope.qk_norm_rope import Stream, qk_norm_rope, qk_norm_rope_joint
 from difuse_kernels.sampler_step.sampler_step import sampler_step
 
 __all__ = [
-    "attention", "explain", "explain_reset", "gate_residual", "gate_residual_norm_modulate", "norm_modulate",
-    "patchify", "sampler_step", "unpatchify", "use_backend",
+    "Stream", "attention", "attention_packed", "explain", "explain_reset", "gate_residual",
+    "gate_residual_norm_modulate", "gated_activation", "norm_modulate", "patchify", "qk_norm_rope",
+    "qk_norm_rope_joint", "sampler_step", "unpatchify", "use_backend",
 ]

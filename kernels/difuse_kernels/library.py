@@ -19,17 +19,25 @@ class Compiled:
     def __init__(self, op, backend, pack, results):
         self.name, self._op, self._pack, self._results = backend, op, pack, results
 
-    def forward(self, *arguments):
+    def arguments(self, *given):
+        """The registered op's arguments."""
+        return *self._pack(*given), self.name
+
+    def forward(self, *given):
         """The op's results, one tensor or a tuple of them, without what is saved for the backward pass."""
-        outputs = self._op(*self._pack(*arguments), self.name)
+        outputs = self._op(*self.arguments(*given))
         if isinstance(outputs, torch.Tensor):
             return outputs
+        if self._results is None:
+            return tuple(outputs)
         outputs = (*outputs, *(None for _ in range(self._results - len(outputs))))[: self._results]
         return outputs[0] if self._results == 1 else outputs
 
 
 class _Context:
     """Stands in for autograd's ctx where a Function's methods run outside of autograd."""
+
+    saved_tensors = ()
 
     def save_for_backward(self, *tensors):
         self.saved_tensors = tensors
@@ -50,6 +58,18 @@ def _fresh(tensor, inputs):
     """A registered op's result shares no memory with its inputs and has the strides that the fake promised."""
     shared = any(other is not None and torch._C._is_alias_of(tensor, other) for other in inputs)
     return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+
+
+def without_nones(tensors):
+    """(those there are, the positions of the others): torch.library differentiates no list with a None in it."""
+    return [t for t in tensors if t is not None], [i for i, t in enumerate(tensors) if t is None]
+
+
+def _with_nones(tensors, absent):
+    tensors = list(tensors)
+    for position in absent:
+        tensors.insert(position, None)
+    return tensors
 
 
 def _missing(name, backend):
@@ -89,9 +109,9 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
     """Register `op` and its backward from its autograd.Function.
 
     schema: the function's arguments after the implementation, tensors first ("Tensor x, Tensor? scale, str norm"), and
-    what it returns (" -> Tensor"). Or "Tensor?[] tensors, ..." for a number of them that varies, " -> Tensor[]": then
-    results that are None are left out, at the end.
-    fake(*arguments): what the function returns, as empty tensors. The first `results` are the op's.
+    what it returns (" -> Tensor"). For a number of tensors that varies "Tensor[] tensors, int[] absent, ..." and
+    " -> Tensor[]", with the positions at which a None belongs; results that are None, at the end, are left out.
+    fake(*arguments): what the function returns, as empty tensors. The first `results` are the op's; None: all.
     context: the schema of what the function keeps for its backward pass beside tensors, by the names it has on ctx;
     without it, all arguments that are not tensors.
     fake_backward(grads, saved, *context): the gradients of all tensors, empty, where they are not all shaped like what
@@ -99,15 +119,15 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
     pack: makes the registered op's arguments of those that the reference takes.
     """
     arguments, returns = schema.split(" -> ")
-    listed = arguments.startswith("Tensor?[]")
+    listed = arguments.startswith("Tensor[]")
     others = [argument for argument in arguments.split(", ") if not argument.startswith("Tensor")]
     constants, context = len(others), ", ".join(others) if context is None else context
     kept = [field.split()[1] for field in context.split(", ")] if context else []
 
     def flat(inputs):
-        """(tensors, constants) of the registered op's arguments."""
-        tensors = inputs[: len(inputs) - constants]
-        return (tensors[0] if listed else tensors), inputs[len(inputs) - constants :]
+        """(tensors and Nones, constants) of the registered op's arguments."""
+        tensors, values = inputs[: len(inputs) - constants], inputs[len(inputs) - constants :]
+        return (_with_nones(tensors[0], values[0]), values[1:]) if listed else (tensors, values)
 
     def present(outputs):
         return [output for output in outputs if output is not None] if listed else outputs
@@ -116,6 +136,10 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
         *inputs, backend = inputs
         tensors, values = flat(inputs)
         return present(function.forward(_running(op, backend, tuple(tensors)), *tensors, *values))
+
+    def run_fake(*inputs):
+        tensors, values = flat(inputs[:-1])
+        return present(fake(*tensors, *values))
 
     def setup_context(ctx, inputs, output):
         *inputs, ctx.backend = inputs
@@ -126,25 +150,30 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
         ctx.kept = [getattr(recorded, name) for name in kept]
         ctx.at = [next((i for i, saved in enumerate(recorded.saved_tensors) if saved is tensor), -1)
                   for tensor in tensors]
+        ctx.absent = inputs[1] if listed else ()
+        ctx.nothing = [[] if listed and value == [] else None  # torch compares the nesting, and takes [] for tensors
+                       for value in inputs[len(inputs) - constants :]]
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
-        grads = grads[0] if listed else grads
-        needs = ctx.needs_input_grad[0] if listed else ctx.needs_input_grad[: len(ctx.at)]
-        needs = [bool(need) for need in needs]
+        grads, needs = (grads[0], ctx.needs_input_grad[0]) if listed else (grads, ctx.needs_input_grad[: len(ctx.at)])
+        needs = [bool(need) for need in _with_nones(needs, ctx.absent)]
         found = iter(backward_op(list(grads), list(ctx.saved_tensors), *ctx.kept, ctx.at, needs, ctx.backend))
-        found = [next(found) if need else None for need in needs]
-        return *([found] if listed else found), *(None for _ in range(constants + 1))
+        found = [next(found) if need else None for i, need in enumerate(needs) if i not in ctx.absent]
+        return *([found] if listed else found), *ctx.nothing, None
 
     def run_backward(grads, saved, *rest):
         *values, _, needs, backend = rest
         ctx = _Context()
         vars(ctx).update(zip(kept, values, strict=True))
         ctx.implementation, ctx.saved_tensors = op.implementation(backend), tuple(saved)
-        ctx.needs_input_grad = (False, *needs, *(False for _ in range(constants)))
-        padding = (None for _ in range(results - len(grads)))
+        ctx.needs_input_grad = (False, *needs, *(False for _ in range(constants - listed)))
+        padding = [None] * ((results or 0) - len(grads))
         found = function.backward(ctx, *grads, *padding)[1 : 1 + len(needs)]
-        return [_fresh(grad, grads) for grad, need in zip(found, needs, strict=True) if need]
+        found = [grad for grad, need in zip(found, needs, strict=True) if need]
+        shapes = run_fake_backward(grads, saved, *rest)
+        return [torch.zeros_like(shape) if grad is None else _fresh(grad, grads)
+                for grad, shape in zip(found, shapes, strict=True)]
 
     def run_fake_backward(grads, saved, *rest):
         *values, at, needs, _ = rest
@@ -154,8 +183,7 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
             return [like(tensor) for tensor, need in zip(found, needs, strict=True) if need]
         return [grad for grad, need in zip(fake_backward(grads, saved, *values), needs, strict=True) if need]
 
-    overload = _define(op.name, f"{arguments}, str backend) -> {returns}", run, lambda *inputs: present(
-        fake(*flat(inputs[:-1])[0], *flat(inputs[:-1])[1])))
+    overload = _define(op.name, f"{arguments}, str backend) -> {returns}", run, run_fake)
     torch.library.register_autograd(f"difuse::{op.name}", backward, setup_context=setup_context, lib=_LIBRARY)
     context = ", ".join(filter(None, (context, "int[] at, bool[] needs, str backend")))
     backward_op = _define(f"{op.name}_backward", f"Tensor?[] grads, Tensor?[] saved, {context}) -> Tensor[]",

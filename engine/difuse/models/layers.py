@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difuse_kernels import attention, gate_residual_norm_modulate, norm_modulate, patchify
+from difuse_kernels import attention_packed, gate_residual_norm_modulate, norm_modulate, patchify
 
 
 def timestep_embedding(t, dim, max_period=10000):
@@ -75,8 +75,8 @@ class Attention(nn.Module):
 
     def forward(self, h):
         head_dim = h.shape[-1] // self.num_heads
-        q, k, v = self.qkv(h).unflatten(-1, (3, self.num_heads, head_dim)).unbind(2)  # each [B,S,H,Dh]
-        return self.proj(attention(q, k, v).flatten(2))  # [B,S,D]
+        qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, head_dim))  # [B,S,3,H,Dh]
+        return self.proj(attention_packed(qkv).flatten(2))  # [B,S,D]
 
 
 class Mlp(nn.Module):

@@ -11,7 +11,6 @@ import torch
 
 from difuse_kernels.checks import apply, check_one_of, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
-from difuse_kernels.library import define, like
 
 _STEM = "difuse_kernels.adaln.adaln"
 NORM_MODULATE = Op("norm_modulate", _STEM, "cpu", "triton")
@@ -94,18 +93,6 @@ class _GateResidualNormModulate(torch.autograd.Function):
     def backward(ctx, grad_x, grad_h, _mean, _rstd):
         grads = ctx.implementation.backward(grad_x, grad_h, *ctx.saved_tensors, ctx.norm, ctx.needs_input_grad[1:8])
         return None, *grads, None, None
-
-
-def _fake(x, *_):
-    return like(x), like(x[..., 0], torch.float32), like(x[..., 0], torch.float32)
-
-
-_NORM = "Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, str norm, float eps"
-define(NORM_MODULATE, _NormModulate, f"Tensor x, {_NORM} -> (Tensor, Tensor, Tensor)", _fake, context="str norm")
-define(GATE_RESIDUAL, _GateResidual, "Tensor x, Tensor y, Tensor? gate -> Tensor", lambda x, *_: like(x))
-define(GATE_RESIDUAL_NORM_MODULATE, _GateResidualNormModulate,
-       f"Tensor x, Tensor y, Tensor? gate, {_NORM} -> (Tensor, Tensor, Tensor, Tensor)",
-       lambda x, *_: (like(x), *_fake(x)), context="str norm", results=2)
 
 
 def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=None, eps=1e-6, backend="auto"):

@@ -19,3 +19,8 @@ def attention(q, k, v, kv_lengths, key_bias, scale):
     no_key = (logits == -torch.inf).all(-1, keepdim=True)  # [B,H,Sq,1]
     weights = torch.softmax(logits.masked_fill(no_key, 0), -1).masked_fill(no_key, 0)  # [B,H,Sq,Sk]
     return torch.einsum("bhij,bjhd->bihd", weights, v).to(q.dtype).contiguous()  # [B,Sq,H,Dh]
+
+
+def attention_packed(qkv, kv_lengths, key_bias, scale):
+    """The same on the three of qkv [B,S,3,H,Dh]."""
+    return attention(*qkv.unbind(2), kv_lengths, key_bias, scale)

@@ -6,20 +6,25 @@ DDIM, DDPM, Euler and multistep solvers are rows of C; classifier-free guidance 
 and (1-w)*C for the unconditional half of the model's output (Ho & Salimans 2022, arXiv:2207.12598), so that the guided
 output is never written. C is float32 [I,J], or [B,I,J] with one set per sample, and lives on the device.
 
+With noise, int64 [B,2] on the device, C has one more column, and the last input is standard normal noise that is drawn
+in the kernel and never written: its values depend on the sample's (seed, step) and the element's place in the sample
+alone, and agree between backends to float32 rounding. sampler_step_reference.py defines the stream. GPU kernels read
+seeds, steps and coefficients on the device: one captured CUDA graph serves every step, with new values in place.
+
 Inputs have one shape [B,...]; their strides are free and their dtypes may be mixed (float32, bfloat16, float16; float64
 on the reference, which then sums in float64). Sums are float32, each input is read once, each output written once. The
 arithmetic is plain: a coefficient of 0 turns an infinity or NaN into NaN, it does not switch the input off.
 """
 import torch
 
-from difuse_kernels.checks import FLOATS, apply, check_tensor, needs_grad
+from difuse_kernels.checks import FLOATS, apply, check_same_device, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
-SAMPLER_STEP = Op("sampler_step", "difuse_kernels.sampler_step.sampler_step", "cpu")
+SAMPLER_STEP = Op("sampler_step", "difuse_kernels.sampler_step.sampler_step", "cpu", "triton")
 _MAX_INPUTS, _MAX_OUTPUTS = 8, 4
 
 
-def _check(inputs, coefficients, out_dtypes):
+def _check(inputs, coefficients, noise, out_dtypes):
     if not isinstance(inputs, (tuple, list)) or not 1 <= len(inputs) <= _MAX_INPUTS:
         got = len(inputs) if isinstance(inputs, (tuple, list)) else type(inputs).__name__
         raise ValueError(f"sampler_step: inputs is {got}; expected a tuple or list of 1 to {_MAX_INPUTS} tensors")
@@ -36,11 +41,15 @@ def _check(inputs, coefficients, out_dtypes):
     if coefficients.dtype != torch.float32:
         raise TypeError(f"sampler_step: coefficients has dtype {coefficients.dtype}; expected torch.float32. Compute "
                         "it in float64 and convert it with .float()")
+    if noise is not None:
+        _check_noise(noise, inputs[0])
     *B, I, J = coefficients.shape  # noqa: E741
-    if not 1 <= I <= _MAX_OUTPUTS or len(inputs) != J or (B and B[0] != shape[0]):
-        raise ValueError(f"sampler_step: coefficients has shape {tuple(coefficients.shape)}; expected [I,{len(inputs)}]"
-                         f" or [B,I,{len(inputs)}] with I from 1 to {_MAX_OUTPUTS}, for {len(inputs)} inputs of shape "
-                         f"{tuple(shape)}")
+    columns = len(inputs) + (noise is not None)
+    if not 1 <= I <= _MAX_OUTPUTS or columns != J or (B and B[0] != shape[0]):
+        drawn = "" if noise is None else " and the noise"
+        raise ValueError(f"sampler_step: coefficients has shape {tuple(coefficients.shape)}; expected [I,{columns}] or "
+                         f"[B,I,{columns}] with I from 1 to {_MAX_OUTPUTS}, for {len(inputs)} inputs of shape "
+                         f"{tuple(shape)}{drawn}")
     if out_dtypes is None:
         return (inputs[0].dtype,) * I
     listed = isinstance(out_dtypes, (tuple, list))
@@ -49,14 +58,23 @@ def _check(inputs, coefficients, out_dtypes):
     return out_dtypes
 
 
+def _check_noise(noise, x):
+    if not isinstance(noise, torch.Tensor) or noise.dtype != torch.int64 or noise.shape != (x.shape[0], 2):
+        got = f"{noise.dtype} {tuple(noise.shape)}" if isinstance(noise, torch.Tensor) else type(noise).__name__
+        raise ValueError(f"sampler_step: noise is {got}; expected torch.int64 {(x.shape[0], 2)}, the (seed, step) of "
+                         "each sample. Drawn noise is an input like the others")
+    check_same_device("sampler_step", (x, noise))  # backends look at the floating tensors only
+
+
 class _SamplerStep(torch.autograd.Function):
     @staticmethod
-    def forward(implementation, coefficients, out_dtypes, *inputs):
-        return implementation.forward(inputs, coefficients, out_dtypes)
+    def forward(implementation, *arguments):
+        *inputs, coefficients, noise, out_dtypes = arguments
+        return implementation.forward(inputs, coefficients, noise, out_dtypes)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.implementation, coefficients, _, *inputs = inputs
+        ctx.implementation, *inputs, coefficients, _, _ = inputs
         ctx.dtypes = [x.dtype for x in inputs]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(coefficients)
@@ -64,19 +82,20 @@ class _SamplerStep(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        needs = ctx.needs_input_grad[3:]
-        return None, None, None, *ctx.implementation.backward(grads, *ctx.saved_tensors, ctx.dtypes, needs)
+        needs = ctx.needs_input_grad[1:-3]
+        coefficients = ctx.saved_tensors[0][..., : len(needs)]  # noise is a constant
+        return None, *ctx.implementation.backward(grads, coefficients, ctx.dtypes, needs), None, None, None
 
 
-def sampler_step(inputs, coefficients, *, out_dtypes=None, backend="auto"):
+def sampler_step(inputs, coefficients, *, noise=None, out_dtypes=None, backend="auto"):
     """A tuple of I contiguous tensors, out_i = sum_j coefficients[..., i, j] * inputs[j], shaped like the inputs.
 
     inputs: 1 to 8 tensors [B,...]; coefficients: float32 [I,J] or [B,I,J]; out_dtypes: I dtypes, else inputs[0]'s.
+    noise: int64 [B,2], each sample's (seed, step): noise as one more input, whose column of coefficients is last.
     Raises ValueError or TypeError for a wrong count, shape, dtype or device, RuntimeError where `backend` cannot run.
     """
-    out_dtypes = _check(inputs, coefficients, out_dtypes)
-    tensors = (*inputs, coefficients)
-    implementation = SAMPLER_STEP.select(backend, tensors)
+    out_dtypes = _check(inputs, coefficients, noise, out_dtypes)
+    implementation = SAMPLER_STEP.select(backend, (*inputs, coefficients, noise))
     if implementation.backward is not None and needs_grad(*inputs):
-        return apply(_SamplerStep, implementation, coefficients, out_dtypes, *inputs)
-    return implementation.forward(inputs, coefficients, out_dtypes)
+        return apply(_SamplerStep, implementation, *inputs, coefficients, noise, out_dtypes)
+    return implementation.forward(inputs, coefficients, noise, out_dtypes)

@@ -6,24 +6,27 @@ from difuse_kernels.native import empty, ext
 
 
 def unsupported(_op, inputs):
-    """Why these inputs (the step's, then the coefficients) cannot run here, or None."""
-    for x in inputs:
+    """Why these inputs (the step's, then the coefficients and the noise) cannot run here, or None."""
+    *tensors, _ = inputs
+    for x in tensors:
         if x.dtype not in KERNEL_DTYPES:
             return f"an input has dtype {x.dtype}; the kernel takes float32, bfloat16 and float16"
         if not x.is_cpu:
             return f"an input is on {x.device.type}"
     if inputs[0].dim() > 8:
         return "the inputs have more than 8 dimensions"
-    if inputs[-1].requires_grad and torch.is_grad_enabled():
+    if tensors[-1].requires_grad and torch.is_grad_enabled():
         return "the coefficients need a gradient; .detach() them unless it is wanted"
     return None
 
 
-def sampler_step_forward(inputs, coefficients, out_dtypes):
+def sampler_step_forward(inputs, coefficients, noise, out_dtypes):
     """A tuple of outputs, one per row of the coefficients."""
     shape = inputs[0].shape
     outputs = tuple([empty(shape, dtype) for dtype in out_dtypes])
-    ext.sampler_step(inputs, coefficients, outputs)
+    if noise is not None:
+        noise = noise.contiguous().view(torch.int32)  # [B,4]: low and high words (little-endian)
+    ext.sampler_step(inputs, coefficients, noise, outputs)
     return outputs
 
 
@@ -33,5 +36,5 @@ def sampler_step_backward(grads, coefficients, dtypes, needs):
     if not shapes:
         return (None,) * len(needs)
     outputs = tuple([empty(shapes[0], dtype) if need else None for dtype, need in zip(dtypes, needs, strict=True)])
-    ext.sampler_step(grads, coefficients.transpose(-1, -2), outputs)
+    ext.sampler_step(grads, coefficients.transpose(-1, -2), None, outputs)
     return outputs

@@ -65,6 +65,22 @@ def _uniform_bias(make):
     return make("qkv", 2, 35, 3, 2, 24).unbind(2), {"key_bias": make.constant(bias)}
 
 
+def _whole(B, S, H, D, lengths=None, bias=False):
+    """One projection handed over as it is."""
+    def build(make):
+        kwargs = {}
+        if lengths is not None:
+            kwargs["kv_lengths"] = make.constant(torch.tensor(lengths, dtype=torch.int32))
+        if bias:
+            kwargs["key_bias"] = make("bias", B, S, scale=2.0)
+        return (make("qkv", B, S, 3, H, D),), kwargs
+    return build
+
+
+def _whole_strided(make):
+    return (make("qkv", 2, 3, 41, 2, 48).transpose(1, 2)[..., 8:],), {"scale": -0.2}  # [B,3,S,H,Dh], a slice of heads
+
+
 CASES = [Case("attention", name, build, why, grad=grad) for name, build, why, grad in [
     ("dit_s", _packed(2, 65, 6, 64), "packed projection, more than one block of queries", "dense"),
     ("dit_xl", _packed(2, 129, 2, 72), "head dimension 72, two blocks of keys, the last of one", "transposed"),
@@ -97,6 +113,13 @@ CASES = [Case("attention", name, build, why, grad=grad) for name, build, why, gr
     ("no_queries", _cross(2, 0, 5, 2, 2, 16), "zero queries", "dense"),
     ("no_samples", _packed(0, 5, 2, 16), "zero samples", "dense"),
 ]] + [
+    Case("attention_packed", name, build, why, grad=grad) for name, build, why, grad in [
+        ("dit_xl", _whole(2, 65, 2, 72), "the gradient of one projection, head dimension 72", "transposed"),
+        ("lengths_bias", _whole(2, 70, 2, 24, lengths=[70, 33], bias=True), "both masks", "dense"),
+        ("strided", _whole_strided, "foreign strides of the three, of tokens and of heads", "expanded"),
+        ("no_tokens", _whole(2, 0, 2, 16), "zero tokens", "dense"),
+    ]
+] + [
     Case("attention", f"speed_{B}x{S}x{H}x{D}", _packed(B, S, H, D), why, speed=True)
     for B, S, H, D, why in ((8, 256, 16, 72, "DiT-XL/2 at 256"), (2, 1024, 16, 72, "DiT-XL/2 at 512"),
                             (8, 256, 6, 64, "DiT-S/2 at 256"), (2, 1024, 6, 64, "DiT-S/2 at 512"))

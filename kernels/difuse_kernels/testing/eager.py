@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from difuse_kernels.patchify.patchify_reference import patchify, unpatchify  # eager is the reshape itself
+from difuse_kernels.sampler_step.sampler_step_reference import normals
 
 
 def _row(modulation):
@@ -53,8 +54,15 @@ def attention(q, k, v, *, scale=None, kv_lengths=None, key_bias=None):
     return out.transpose(1, 2).contiguous()
 
 
-def sampler_step(inputs, coefficients, *, out_dtypes=None):
+def attention_packed(qkv, **options):
+    """The same on the three views of one projection."""
+    return attention(*qkv.unbind(2), **options)
+
+
+def sampler_step(inputs, coefficients, *, noise=None, out_dtypes=None):
     """A sum of scaled tensors, one elementwise op after another, in the inputs' dtypes."""
+    if noise is not None:  # the same stream as the op's, so that results can be compared
+        inputs = (*inputs, normals(noise, inputs[0].shape, torch.float32).to(inputs[0].dtype))
     rows = coefficients.unsqueeze(0) if coefficients.dim() == 2 else coefficients
     tail = (1,) * (inputs[0].dim() - 1)
     outputs = []
@@ -66,5 +74,55 @@ def sampler_step(inputs, coefficients, *, out_dtypes=None):
     return tuple(outputs)
 
 
-EAGER = {f.__name__: f for f in (norm_modulate, gate_residual, gate_residual_norm_modulate, attention, patchify,
-                                 unpatchify, sampler_step)}
+def _qk_norm(x, weight, bias, norm, norm_scope, eps):
+    """F.rms_norm or F.layer_norm per head, or before the split into heads."""
+    shape = x.shape
+    x = x.flatten(2) if norm_scope == "full" else x
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if norm == "rms":
+        x = F.rms_norm(x, x.shape[-1:], weight, eps)
+    elif norm == "layer":
+        x = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return x.reshape(shape)
+
+
+def _apply_rotary_emb(x, cos, sin, rope):
+    """diffusers' apply_rotary_emb with use_real_unbind_dim -1 (interleaved) or -2: in float32, then back."""
+    P = cos.shape[-1]
+    cos, sin = (t if t.dim() == 4 else t.unsqueeze(-2) for t in (cos, sin))
+    turned, rest = x[..., : 2 * P].float(), x[..., 2 * P :]
+    if rope == "interleaved":
+        a, b = turned.reshape(*x.shape[:-1], P, 2).unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(3)
+    else:
+        a, b = turned.reshape(*x.shape[:-1], 2, P).unbind(-2)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([turned.to(x.dtype), rest], -1) if rest.shape[-1] else turned.to(x.dtype)
+
+
+def qk_norm_rope(q, k, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None, cos=None, sin=None, norm="rms",
+                 norm_scope="head", eps=1e-6, rope="interleaved"):
+    """Norm, then rotation, as diffusers' attention processors do it."""
+    q, k = _qk_norm(q, q_weight, q_bias, norm, norm_scope, eps), _qk_norm(k, k_weight, k_bias, norm, norm_scope, eps)
+    if cos is not None:
+        q, k = _apply_rotary_emb(q, cos, sin, rope), _apply_rotary_emb(k, cos, sin, rope)
+    return q, k
+
+
+def qk_norm_rope_joint(streams, **options):
+    """Stream by stream, then torch.cat."""
+    parts = [(*qk_norm_rope(s.q, s.k, **{name: getattr(s, name) for name in s._fields[3:]}, **options), s.v)
+             for s in streams]
+    return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+
+
+def gated_activation(h, *, activation="gelu", act_on="second"):
+    """chunk, F.silu or F.gelu, product, as in diffusers' GEGLU, SwiGLU and Flux2SwiGLU."""
+    a, b = h.chunk(2, dim=-1)
+    act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    return act(a) * b if act_on == "first" else a * act(b)
+
+
+EAGER = {f.__name__: f for f in (norm_modulate, gate_residual, gate_residual_norm_modulate, attention,
+                                 attention_packed, patchify, unpatchify, sampler_step,
+                                 gated_activation, qk_norm_rope, qk_norm_rope_joint)}

@@ -1,7 +1,7 @@
-"""Mends Triton's interpreter, as of 3.6 to 3.9, so that bfloat16 behaves as on a GPU.
+"""Mends Triton's interpreter, as of 3.6 to 3.9, so that bfloat16 behaves as on a GPU and loops run.
 
 It truncates float32 to bfloat16 where GPUs round to nearest even, and multiplies the bit patterns of bfloat16 operands
-in a dot. Conversions are element by element in Python's terms; the ones here are whole-array.
+in a dot. 3.6 with NumPy 2.4 fails on a loop bound that is not a constant.
 """
 import contextlib
 
@@ -49,6 +49,13 @@ def mend():
         a, b = (handle(_widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return dot(self, a, b, *rest)
 
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
 
 

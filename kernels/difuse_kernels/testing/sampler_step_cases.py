@@ -45,6 +45,25 @@ def _coefficient_slice(make):
     return ([make(f"x{j}", 3, 40) for j in range(3)], make.constant(table, batched=False)), {}
 
 
+def _seeds(make, B):
+    """(seed, step) of each sample, words beyond 32 bits among them."""
+    pairs = [[7, 0], [2**40 + 9, 3], [-5, 2**33 + 1]] + [[b, b] for b in range(3, B)]
+    return make.constant(torch.tensor(pairs[:B], dtype=torch.int64).reshape(B, 2), batched=True)
+
+
+def _noise(make):
+    xs = [make(f"x{j}", 3, 4, 7, 11) for j in range(2)]
+    c = make.constant(coefficients(2, 3), batched=False)
+    return (xs, c), {"noise": _seeds(make, 3), "out_dtypes": (torch.float32, xs[1].dtype)}
+
+
+def _noise_strided(make):
+    x = make("x0", 2, 5, 6, 3).permute(0, 3, 1, 2)
+    return ([x, make("x1", 2, 3, 1, 12)[..., ::2].expand(-1, -1, 5, -1)],
+            make.constant(coefficients(2, 1, 4)[..., 1:].transpose(1, 2).contiguous().transpose(1, 2))), {
+        "noise": _seeds(make, 2).t().contiguous().t()}
+
+
 CASES = [Case("sampler_step", name, build, why, grad=grad) for name, build, why, grad in [
     ("ddim_cfg", _guided(3, 4, 8, 8), "x and two channel slices, coefficients shared", "dense"),
     ("ddim_cfg_per_sample", _guided(3, 4, 7, 9, per_sample=True), "one guidance scale per sample", "transposed"),
@@ -58,6 +77,8 @@ CASES = [Case("sampler_step", name, build, why, grad=grad) for name, build, why,
     ("mixed", _mixed, "four dtypes in, three out, per sample", "transposed"),
     ("strided", _strided, "channels last, row and column slices, stride 0", "transposed"),
     ("coefficient_slice", _coefficient_slice, "coefficients with foreign strides", "dense"),
+    ("noise", _noise, "ancestral step, noise in the kernel, a group of four across the end", "dense"),
+    ("noise_strided", _noise_strided, "noise counts elements of the result, not of the inputs", "expanded"),
     ("no_samples", _dense(2, 1, 0, 4), "zero samples", "dense"),
     ("gradcheck", _dense(3, 2, 2, 3, 2, per_sample=True), "small", "dense"),
 ]] + [
