@@ -50,13 +50,17 @@ def _options(k, kv_lengths, key_bias, scale):
     return 0 if key_bias is None else key_bias.stride(0), factor, constants
 
 
+def _with(key_bias, kernel):
+    return kernel if key_bias is None else f"biased {kernel}"
+
+
 def attention_forward(q, k, v, kv_lengths, key_bias, scale, save):
     """(out, stats); stats [B,H,Sq,2], each query's largest score and 1 / sum, is None unless `save`."""
     batch, queries, heads, head_dim = q.shape
     keys, kv_heads = k.shape[1:3]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     stats = torch.empty((batch, heads, queries, 2), dtype=torch.float32, device=q.device) if save else None
-    cfg = config("forward" if key_bias is None else "biased forward", head_dim, q.dtype, architecture(q))
+    cfg = config(_with(key_bias, "forward"), head_dim, q.dtype, architecture(q))
     strides, constants = _constants(q, k, v)
     bias_stride, factor, options = _options(k, kv_lengths, key_bias, scale)
     launch(attention_triton_forward.forward_kernel, (triton.cdiv(queries, cfg.BLOCK_M) * batch * heads,), q, k, v,
@@ -80,13 +84,13 @@ def attention_backward(grad, q, k, v, kv_lengths, key_bias, out, stats, scale, n
 
     for delta in (True, False):
         if delta or dq is not None:
-            cfg = config("dq", head_dim, q.dtype, architecture(q))
+            cfg = config(_with(key_bias, "dq"), head_dim, q.dtype, architecture(q))
             strides, constants = _constants(q, k, v, grad, dq)
             launch(attention_triton_backward.query_kernel, (triton.cdiv(queries, cfg.BLOCK_M) * batch * heads,), q, k,
                    v, grad, kv_lengths, key_bias, stats, out, rows, dq, *strides, bias_stride, *sizes, **constants,
                    **options, DELTA=delta, config=cfg)
     if dk is not None or dv is not None or dbias is not None:
-        cfg = config("dkdv", head_dim, q.dtype, architecture(q))
+        cfg = config(_with(key_bias, "dkdv"), head_dim, q.dtype, architecture(q))
         strides, constants = _constants(q, k, v, grad, dk, dv)
         launch(attention_triton_backward.key_kernel, (triton.cdiv(keys, cfg.BLOCK_N) * batch * kv_heads,), q, k, v,
                grad, kv_lengths, key_bias, rows, dk, dv, heads_bias, *strides, bias_stride, *sizes, **constants,

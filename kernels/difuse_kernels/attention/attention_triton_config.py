@@ -26,7 +26,7 @@ class Run:
 SUM_HEADS = Run(256)
 
 
-_KIND = {"sm_90": "hopper", "sm_100": "hopper", "sm_103": "hopper", "gfx942": "cdna", "gfx950": "cdna"}  # else ampere
+_KIND = {"sm_90": "hopper", "sm_100": "blackwell", "sm_103": "blackwell", "gfx942": "cdna", "gfx950": "cdna"}  # else ampere
 
 
 def split(head_dim, dtype, architecture):
@@ -56,6 +56,9 @@ _NARROW = {
         (256, Blocks(128, 64, 8, 2)),  # the accumulator alone takes 128 registers
     ),
     ("biased forward", "hopper"): ((256, Blocks(128, 64, 8, 2)),),  # 128 keys spill with a bias at 128
+    ("biased forward", "blackwell"): ((256, Blocks(64, 64, 4, 2)),),  # and 128 queries spill there
+    ("biased dq", "blackwell"): ((256, Blocks(64, 32, 4, 2)),),
+    ("biased forward", "ampere"): ((128, Blocks(64, 64, 4, 2)), (256, Blocks(64, 32, 4, 2))),
     ("dq", "hopper"): (
         (64, Blocks(128, 64, 8, 3)),
         (128, Blocks(128, 64, 8, 2)),
@@ -79,11 +82,13 @@ _INTERPRETER = Blocks(64, 64, 4, 1)  # large, since every operation costs; small
 
 
 def config(kernel, head_dim, dtype, architecture):
-    """Blocks of "forward" or "biased forward", "dq" (which also prepares delta) or "dkdv"."""
+    """Blocks of "forward", "dq" (which also prepares delta) or "dkdv", each also "biased", with a key_bias."""
     if architecture == "interpreter":
         return _INTERPRETER
-    kind = _KIND.get(architecture, "ampere")
-    table = _NARROW.get((kernel, kind)) or _NARROW[kernel.removeprefix("biased "), kind]
+    kind, plain = _KIND.get(architecture, "ampere"), kernel.removeprefix("biased ")
+    # Blackwell takes Hopper's blocks but for what is named: untuned, as no such GPU was at hand
+    rows = [(kernel, kind), (plain, kind), (kernel, "hopper"), (plain, "hopper")]
+    table = next(_NARROW[row] for row in rows if row in _NARROW)
     if dtype == torch.float32:
         table = _FLOAT32
     return next(blocks for width, blocks in table if sum(split(head_dim, dtype, architecture)) <= width)

@@ -19,14 +19,12 @@ import torch
 from difuse_kernels.checks import apply, check_one_of, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
-_STEM = "difuse_kernels.qk_norm_rope.qk_norm_rope"
-QK_NORM_ROPE = Op("qk_norm_rope", _STEM, "cpu", "triton")
-QK_NORM_ROPE_JOINT = Op("qk_norm_rope_joint", _STEM, "cpu", "triton")
+QK_NORM_ROPE = Op("qk_norm_rope", __name__, "cpu", "triton")
+QK_NORM_ROPE_JOINT = Op("qk_norm_rope_joint", __name__, "cpu", "triton")
 
 
 class Stream(NamedTuple):
     """One run of tokens for `qk_norm_rope_joint`, e.g. the text's; without cos and sin it is not rotated."""
-
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor

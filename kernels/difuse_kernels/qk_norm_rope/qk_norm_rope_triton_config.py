@@ -69,10 +69,10 @@ def backward(heads, head_dim, full, element_size, arch):
     if arch == "interpreter":
         return Walk(T, HB, pairs, num_warps, CHUNK=8, STAGES=2)
     # 16 tokens a chunk: partial sums stay below a tenth of what is read, and 4096 tokens make 512 programs of q and k.
-    # Two steps ahead, as far as shared memory goes: a token of 5120 leaves room for one program on a multiprocessor,
-    # which must not wait
+    # Per head four or five programs share a multiprocessor, and one step ahead keeps 32 KB under way. A token of 5120
+    # leaves room for one program, which must not wait: two steps, as far as shared memory goes
     step = 2 * T * HB * 2 * pairs * element_size
-    ahead = min(2, AHEAD_BYTES.get(arch, 32 << 10) // step)
+    ahead = min(2 if full else 1, AHEAD_BYTES.get(arch, 32 << 10) // step)
     return Walk(T, HB, pairs, num_warps, CHUNK=max(T, 16), STAGES=1 + ahead)
 
 
