@@ -89,6 +89,8 @@ ONE_ROW = [Case(op, "one_row", build, "nothing to do but the call itself", speed
     ("gate_residual_norm_modulate",
      lambda make: ((make("x", 1, 1, 8), make("y", 1, 1, 8), *_modulation(make, 3)), {})),
     ("attention", lambda make: (tuple(make(name, 1, 1, 1, 8) for name in "qkv"), {})),
+    ("attention_packed", lambda make: ((make("qkv", 1, 1, 3, 1, 8),), {})),
+    ("gated_activation", lambda make: ((make("h", 1, 1, 16),), {})),
     ("patchify", lambda make: ((make("x", 1, 4, 2, 2), (2, 2)), {"order": "cpq"})),
     ("unpatchify", lambda make: ((make("tokens", 1, 1, 16), (2, 2), (1, 1)), {"order": "pqc"})),
     ("qk_norm_rope", lambda make: ((make("q", 1, 1, 1, 8), make("k", 1, 1, 1, 8)), {})),

@@ -34,8 +34,8 @@ for case in cases():
 assert not wrong, wrong
 print(native.ext.isa(), *sorted(ran))
 """
-ALL_OPS = ["attention", "gate_residual", "gate_residual_norm_modulate", "norm_modulate", "patchify", "sampler_step",
-           "unpatchify"]
+ALL_OPS = ["attention", "attention_packed", "gate_residual", "gate_residual_norm_modulate", "gated_activation",
+           "norm_modulate", "patchify", "qk_norm_rope", "qk_norm_rope_joint", "sampler_step", "unpatchify"]
 
 
 def fresh(code, *arguments, **environment):

@@ -1,8 +1,12 @@
 """Every op x available backend x named case against the five numerics promises (difuse_kernels/testing/numerics.py)."""
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import difuse_kernels
+from difuse_kernels import triton_launch
+from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Maker
 from difuse_kernels.testing.cases import cases
 from difuse_kernels.testing.interpreter import programs_backwards
@@ -128,10 +132,27 @@ def fenced(monkeypatch):
 @each_kernel_in("fp32", "bf16", interpreted="bf16")
 def test_outputs_written_and_fences_intact(case, backend, dtype, fenced):
     require(backend)
-    outputs, grads = run(getattr(difuse_kernels, case.op), case, dtype, device=device_of(backend), backend=backend)
+    order = programs_backwards() if backend == "triton" and INTERPRETED else nullcontext()  # in order: the tests above
+    with order:
+        outputs, grads = run(getattr(difuse_kernels, case.op), case, dtype, device=device_of(backend), backend=backend)
     fenced()
     for name, tensor in [*((f"out{i}", out) for i, out in enumerate(outputs)), *grads.items()]:
         assert torch.isfinite(tensor).all(), f"{name} was not fully written"
+    assert all(out.is_contiguous() for out in outputs)
+    expected = run(getattr(difuse_kernels, case.op), case, dtype, grads=False, backend="reference")[0]
+    assert [out.dtype for out in outputs] == [out.dtype for out in expected]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="for the interpreter")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("op", OPS)
+def test_configurations_of_gpus_in_the_interpreter(op, architecture, monkeypatch):
+    """The blocks that hardware will run, on the op's first case; elsewhere the interpreter has blocks of its own."""
+    if "triton" not in backends_here(op):
+        pytest.skip("triton is not installed")
+    monkeypatch.setattr(triton_launch, "interpreted_as", architecture)
+    for line in check_case(cases(op)[0], torch.bfloat16, "triton"):
+        assert line.ok, f"{line}: beyond 1.5 x eager's error"
 
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.name in ("gradcheck", "odd", "per_token", "narrow")], ids=str)

@@ -21,6 +21,7 @@ if INTERPRETED and importlib.util.find_spec("triton"):
     from difuse_kernels.testing import interpreter
     interpreter.mend()
 
+interpreted_as = "interpreter"  # the architecture whose configurations interpreted kernels take
 _LOCK = threading.RLock()  # Triton's just-in-time compiler keeps state on the kernel object
 _recorded = None  # the launches seen by `recording`, instead of run
 _recorded_architecture = None
@@ -66,7 +67,7 @@ def architecture(tensor):
     """What configurations are chosen by: "sm_80", "sm_90", "gfx942"... of the tensor's device, or "interpreter"."""
     if _recorded is not None:
         return _recorded_architecture
-    return "interpreter" if INTERPRETED else _device_architecture(tensor.device.index)
+    return interpreted_as if INTERPRETED else _device_architecture(tensor.device.index)
 
 
 def why_not_triton(inputs):
@@ -77,13 +78,13 @@ def why_not_triton(inputs):
             continue
         if tensor.dtype not in KERNEL_DTYPES:
             return f"input {position} has dtype {tensor.dtype}; the kernels take float32, bfloat16 and float16"
-        if not tensor.is_cuda and not (INTERPRETED and tensor.is_cpu):
+        if not (tensor.is_cuda or (INTERPRETED and tensor.is_cpu) or (_recorded is not None and tensor.is_meta)):
             return f"input {position} is on {tensor.device.type}"
         if tensor.device != first.device:
             return f"input {position} is on another device than input 0"
         if not tensor.is_contiguous() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             return f"the last dimension of input {position} is strided; call .contiguous() on it"
-    return None if INTERPRETED else _why_not_device(first.device.index)
+    return _why_not_device(first.device.index) if first.is_cuda else None
 
 
 @functools.cache

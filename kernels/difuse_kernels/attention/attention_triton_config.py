@@ -26,7 +26,7 @@ class Run:
 SUM_HEADS = Run(256)
 
 
-_KIND = {"sm_90": "hopper", "sm_100": "blackwell", "sm_103": "blackwell", "gfx942": "cdna", "gfx950": "cdna"}  # else ampere
+_KIND = {"sm_90": "hopper", "sm_100": "blackwell", "sm_103": "blackwell", "gfx942": "cdna", "gfx950": "cdna"}
 
 
 def split(head_dim, dtype, architecture):

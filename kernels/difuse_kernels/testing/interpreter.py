@@ -1,7 +1,8 @@
 """Mends Triton's interpreter, as of 3.6 to 3.9, so that bfloat16 behaves as on a GPU and loops run.
 
 It truncates float32 to bfloat16 where GPUs round to nearest even, and multiplies the bit patterns of bfloat16 operands
-in a dot. 3.6 with NumPy 2.4 fails on a loop bound that is not a constant.
+in a dot. What a masked load without `other` leaves undefined it reads as zero; here it is nan, so that nobody relies on
+it. 3.6 with NumPy 2.4 fails on a loop bound that is not a constant.
 """
 import contextlib
 
@@ -49,7 +50,14 @@ def mend():
         a, b = (handle(_widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return dot(self, a, b, *rest)
 
-    patch = interpreter._patch_lang_tensor
+    masked_load, patch = builder.create_masked_load, interpreter._patch_lang_tensor
+
+    def create_masked_load(self, ptrs, mask, other, *rest, **keywords):
+        element = ptrs.get_element_ty()
+        if other is None and element.is_floating():
+            value = 0x7FC0 if element == tl.bfloat16 else np.nan
+            other = handle(np.full_like(ptrs.data, value, dtype=interpreter._get_np_dtype(element)), element)
+        return masked_load(self, ptrs, mask, other, *rest, **keywords)
 
     def patch_lang_tensor(tensor, scope):
         patch(tensor, scope)
@@ -57,6 +65,7 @@ def mend():
 
     interpreter._patch_lang_tensor = patch_lang_tensor
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    builder.create_masked_load = create_masked_load
 
 
 @contextlib.contextmanager
