@@ -4,19 +4,30 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 
-.PHONY: demo test lint bench native clean
+TRITON_OLDEST := 3.6.0
+OLDEST := build/triton-$(TRITON_OLDEST)
+
+.PHONY: demo test lint bench kernels oldest-triton native clean
 
 demo: $(READY)  ## train on real digits, sample, judge; pictures and report under demo/
 	$(BIN)/difuse demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run all $(ARGS)
+
+kernels: $(READY)  ## compile the Triton kernels for four GPUs, none needed, and fail on spills
+	env -u TRITON_INTERPRET $(BIN)/python -m benchmarks.kernel_report --quick --check $(ARGS)
+
+oldest-triton: $(READY)  ## the same, and the kernels' tests, on the oldest Triton that is promised
+	test -d $(OLDEST) || $(BIN)/pip install -q --no-deps --target $(OLDEST) triton==$(TRITON_OLDEST)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_op_contract.py tests/test_triton.py -k "triton and not fp16 and not fp32"
+	env -u TRITON_INTERPRET PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.kernel_report --quick --check
 
 native: $(READY)  ## rebuild the C++ kernels in place, only what changed
 	$(BIN)/python setup.py -q build_ext --inplace

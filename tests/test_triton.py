@@ -73,6 +73,14 @@ def test_no_triton_is_a_reason_not_an_error(monkeypatch):
 
 
 @needs_triton
+def test_an_old_triton_is_a_reason_not_an_error(monkeypatch):
+    import triton
+    monkeypatch.setattr(triton, "__version__", "3.2.0+git1")
+    monkeypatch.setattr(triton_launch, "INTERPRETED", True)
+    assert "triton 3.2.0+git1 is too old; the kernels are tested from 3.6 on" in triton_launch.missing.__wrapped__()
+
+
+@needs_triton
 def test_no_c_compiler_is_a_reason_not_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(triton_launch, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

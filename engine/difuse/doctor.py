@@ -104,8 +104,9 @@ def _triton():
     reason = triton_launch.missing()
     if reason:
         return "no", f"Triton kernels for GPUs: {reason}"
+    import triton
     how = "in the interpreter, slowly: TRITON_INTERPRET is set" if triton_launch.INTERPRETED else "on the GPU"
-    return "ok", f"Triton kernels: triton {importlib.metadata.version('triton')}, {how}"
+    return "ok", f"Triton kernels: triton {triton.__version__}, {how}"
 
 
 def _compiler():

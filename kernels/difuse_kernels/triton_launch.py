@@ -17,10 +17,7 @@ import torch
 from difuse_kernels.checks import KERNEL_DTYPES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
-if INTERPRETED and importlib.util.find_spec("triton"):
-    from difuse_kernels.testing import interpreter
-    interpreter.mend()
-
+OLDEST = (3, 6)
 interpreted_as = "interpreter"  # the architecture whose configurations interpreted kernels take
 _LOCK = threading.RLock()  # Triton's just-in-time compiler keeps state on the kernel object
 _recorded = None  # the launches seen by `recording`, instead of run
@@ -41,10 +38,18 @@ def missing():
     """Why Triton can run nothing here, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (Linux only)"
-    if INTERPRETED:
-        return None
-    if not torch.cuda.is_available():
+    if not INTERPRETED and not torch.cuda.is_available():
         return "torch sees no GPU (TRITON_INTERPRET=1 runs the Triton kernels, slowly, on CPU tensors)"
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
+        return f"triton {triton.__version__} is too old; the kernels are tested from 3.6 on. Update torch and triton"
+    if INTERPRETED:
+        from difuse_kernels.testing.interpreter import mend
+        mend()
+        return None
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler and finds none; install gcc or clang, or set CC"
     try:
