@@ -84,7 +84,7 @@ def place(S, D: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def token_rows(first, S, ROWS: tl.constexpr):
-    s = first + tl.arange(0, ROWS)
+    s = tl.arange(0, ROWS).to(tl.int64) + first
     return s, (tl.full([1], True, tl.int1) if ROWS == 1 else s < S)
 
 

@@ -2,7 +2,8 @@
 
 It truncates float32 to bfloat16 where GPUs round to nearest even, and multiplies the bit patterns of bfloat16 operands
 in a dot. What a masked load without `other` leaves undefined it reads as zero; here it is nan, so that nobody relies on
-it. 3.6 with NumPy 2.4 fails on a loop bound that is not a constant.
+it. 3.6 with NumPy 2.4 fails on a loop bound that is not a constant. After a launch it copies every storage onto itself
+where tensors are on the CPU, all of it, which for a view of a huge tensor is gigabytes.
 """
 import contextlib
 
@@ -50,6 +51,13 @@ def mend():
         a, b = (handle(_widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
         return dot(self, a, b, *rest)
 
+    restore = interpreter.GridExecutor._restore_args_dev
+
+    def restore_args_dev(self, args_dev, args_hst, kwargs, kwargs_hst):
+        tensors = [a for a in args_dev if hasattr(a, "is_cpu")]
+        if not all(tensor.is_cpu for tensor in tensors):
+            restore(self, args_dev, args_hst, kwargs, kwargs_hst)
+
     masked_load, patch = builder.create_masked_load, interpreter._patch_lang_tensor
 
     def create_masked_load(self, ptrs, mask, other, *rest, **keywords):
@@ -66,6 +74,7 @@ def mend():
     interpreter._patch_lang_tensor = patch_lang_tensor
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
     builder.create_masked_load = create_masked_load
+    interpreter.GridExecutor._restore_args_dev = restore_args_dev
 
 
 @contextlib.contextmanager
