@@ -24,7 +24,9 @@ def tiny(op, name):
 
 TINY = [tiny(op, name) for op, name in (
     ("norm_modulate", "per_token"), ("gate_residual", "odd"), ("gate_residual_norm_modulate", "affine"),
-    ("attention", "dit_s"), ("patchify", "gradcheck"), ("unpatchify", "gradcheck"), ("sampler_step", "ddim_cfg"))]
+    ("attention", "dit_s"), ("attention_packed", "dit_s"), ("gated_activation", "odd"), ("qk_norm_rope", "odd"),
+    ("qk_norm_rope_joint", "gradcheck"), ("patchify", "gradcheck"), ("unpatchify", "gradcheck"),
+    ("sampler_step", "ddim_cfg"))]
 
 
 @pytest.fixture(autouse=True)
@@ -281,8 +283,8 @@ def test_model_rows(tiny_cases, monkeypatch, rows, dtype):
 
 @pytest.mark.parametrize("rows", [bench_model.model_rows, bench_train.training_rows])
 def test_a_wrong_model_yields_no_speed(tiny_cases, monkeypatch, rows):
-    wrong(monkeypatch, "attention", lambda out: out * 1.001)
-    monkeypatch.setattr("difuse.models.layers.attention", difuse_kernels.attention)
+    wrong(monkeypatch, "attention_packed", lambda out: out * 1.001)
+    monkeypatch.setattr("difuse.models.layers.attention_packed", difuse_kernels.attention_packed)
     for row in rows("DiT-tiny", "fp32", CEILINGS, quick=True):
         assert not row["gate"]["ok"] and "times" not in row
         assert run.cells(row)[-1].startswith("WRONG")

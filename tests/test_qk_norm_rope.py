@@ -100,11 +100,13 @@ def test_without_keys(backend):
     found = []
     for with_key in (True, False):
         q, weight = draw(2, 9, 3, 16).requires_grad_(), draw(48, seed=2).requires_grad_()
-        k = draw(2, 9, 3, 16, seed=1) if with_key else None
+        k = draw(2, 9, 3, 16, seed=1).requires_grad_() if with_key else None
         cos, sin = tables(9, 8)
         out, k_out = qk_norm_rope(q, k, q_weight=weight, cos=cos, sin=sin, norm_scope="full", backend=backend)
         assert (k_out is None) == (k is None)
-        found.append([out.detach(), *torch.autograd.grad(out, (q, weight), draw(2, 9, 3, 16, seed=5))])
+        grad = draw(2, 9, 3, 16, seed=5)
+        results, grads = ((out, k_out), (grad, grad)) if with_key else ((out,), (grad,))
+        found.append([out.detach(), *torch.autograd.grad(results, (q, weight), grads)])
     assert all(map(torch.equal, *found))
 
 
@@ -237,3 +239,17 @@ def test_torch_func_transforms_run_on_the_reference():
     for one, other, gradient in zip(q, k, mapped, strict=True):
         leaf = one.clone().requires_grad_()
         torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, other), leaf)[0])
+
+
+@each_backend
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("scope", ["head", "full"])
+def test_without_eps_padding_stays_out_of_the_weights(norm, scope, backend):
+    """Three tokens fill no block: the rows beyond have a variance of 0."""
+    grads = []
+    for chosen in (backend, "reference"):
+        q, weight = draw(1, 3, 3, 8).requires_grad_(), draw(8 if scope == "head" else 24, seed=2).requires_grad_()
+        out, _ = qk_norm_rope(q, None, q_weight=weight, norm=norm, norm_scope=scope, eps=0.0, backend=chosen)
+        grads.append(torch.autograd.grad(out, (q, weight), draw(1, 3, 3, 8, seed=5)))
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)

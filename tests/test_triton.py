@@ -16,6 +16,7 @@ from difuse_kernels.testing.case import Maker
 from difuse_kernels.testing.cases import cases
 from difuse_kernels.testing.interpreter import programs_backwards
 
+triton_launch.missing()  # mends the interpreter, where it is used
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 interpreted = pytest.mark.skipif(not triton_launch.INTERPRETED or importlib.util.find_spec("triton") is None,
                                  reason="for the interpreter")

@@ -11,7 +11,7 @@ namespace DIFUSE_ISA {
 namespace {
 
 constexpr int64_t kScoreRow = kKeys + 16;
-constexpr float kLowest = -1e30f;  // below any logit, and finite: 2^(-inf - kLowest) is 0, not nan
+constexpr float kLowest = -__FLT_MAX__;  // no finite logit is below, and finite: 2^(-inf - kLowest) is 0, not nan
 
 struct Forward {
   const Shape shape;

@@ -12,7 +12,6 @@
 `<op>/<op>.py` is the contract, `<op>/<op>_reference.py` the specification in plain PyTorch, `<op>/<op>_cpu.py` the
 launcher of the C++ kernel. `dispatch.py` chooses; `python -m difuse_kernels` prints what runs on this machine.
 """
-from difuse_kernels import library_ops  # noqa: F401  registers them
 from difuse_kernels.adaln.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
 from difuse_kernels.attention.attention import attention, attention_packed
 from difuse_kernels.dispatch import use_backend

@@ -73,7 +73,8 @@ def _with_nones(tensors, absent):
 
 
 def _missing(name, backend):
-    """Why the op's backend is not installed, asked once per trace; imports the backend where it is."""
+    """Why the op's backend is not installed, asked once per trace; imports what the trace cannot."""
+    from difuse_kernels import library_ops  # noqa: F401  registers the ops: 40 ms that only torch.compile needs
     from difuse_kernels.dispatch import OPS
     return OPS[name].missing(backend) or (OPS[name].implementation(backend) and None)
 

@@ -1,4 +1,7 @@
-"""Every op as torch.library knows it: schema, what it returns as empty tensors, what its backward pass needs."""
+"""Every op as torch.library knows it: schema, what it returns as empty tensors, what its backward pass needs.
+
+Imported by the first trace. A program that was exported, and is loaded without tracing, imports this by itself.
+"""
 from math import prod
 
 import torch

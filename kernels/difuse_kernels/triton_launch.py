@@ -92,11 +92,15 @@ def why_not_triton(inputs):
     return _why_not_device(first.device.index) if first.is_cuda else None
 
 
-@functools.cache
+_refusals = {}  # of devices; a dict, since torch.compile warns of functools.cache
+
+
 def _why_not_device(index):
-    if not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0):
-        return f"the GPU is {_device_architecture(index)}; the Triton kernels need sm_80 or newer"
-    return None
+    if index not in _refusals:
+        old = not torch.version.hip and torch.cuda.get_device_capability(index) < (8, 0)
+        _refusals[index] = (f"the GPU is {_device_architecture(index)}; the Triton kernels need sm_80 or newer" if old
+                            else None)
+    return _refusals[index]
 
 
 def launch(kernel, grid, *arguments, config, **constants):

@@ -35,9 +35,9 @@ def _check(q, k, v):
                          f"q {tuple(q.shape)}")
     if v.shape != k.shape:
         raise ValueError(f"attention: v has shape {tuple(v.shape)}; expected k's, {tuple(k.shape)}")
-    if kv_heads == 0 or heads % kv_heads or head_dim == 0:
+    if 0 in (heads, kv_heads, head_dim) or heads % kv_heads:
         raise ValueError(f"attention: q has {heads} heads, k and v have {kv_heads}, head dimension {head_dim}; "
-                         "expected a multiple of the key heads and at least one dimension. The layout is [B,S,H,Dh]")
+                         "expected a multiple of the key heads, and at least one of each. The layout is [B,S,H,Dh]")
 
 
 def _check_options(op, batch, keys, scale, kv_lengths, key_bias):

@@ -54,6 +54,11 @@ def _with(key_bias, kernel):
     return kernel if key_bias is None else f"biased {kernel}"
 
 
+def _dense(kv_lengths):
+    """Lengths side by side, as the kernels read them."""
+    return None if kv_lengths is None else kv_lengths.contiguous()
+
+
 def attention_forward(q, k, v, kv_lengths, key_bias, scale, save):
     """(out, stats); stats [B,H,Sq,2], each query's largest score and 1 / sum, is None unless `save`."""
     batch, queries, heads, head_dim = q.shape
@@ -64,8 +69,8 @@ def attention_forward(q, k, v, kv_lengths, key_bias, scale, save):
     strides, constants = _constants(q, k, v)
     bias_stride, factor, options = _options(k, kv_lengths, key_bias, scale)
     launch(attention_triton_forward.forward_kernel, (triton.cdiv(queries, cfg.BLOCK_M) * batch * heads,), q, k, v,
-           kv_lengths, key_bias, out, stats, *strides, bias_stride, queries, keys, heads, heads // kv_heads, factor,
-           **constants, PAIRED=strides[4] == strides[7], **options, SAVE=save, config=cfg)
+           _dense(kv_lengths), key_bias, out, stats, *strides, bias_stride, queries, keys, heads, heads // kv_heads,
+           factor, **constants, PAIRED=strides[4] == strides[7], **options, SAVE=save, config=cfg)
     return out, stats
 
 
@@ -77,9 +82,10 @@ def attention_backward(grad, q, k, v, kv_lengths, key_bias, out, stats, scale, n
                           for t, need in zip((q, k, v), needs, strict=False))
     dbias = torch.empty(key_bias.shape, dtype=key_bias.dtype, device=q.device) if needs[3] else None
     heads_bias = torch.empty((batch, kv_heads, keys), dtype=torch.float32, device=q.device) if needs[3] else None
-    grad = dense_last(grad)
+    grad, kv_lengths = dense_last(grad), _dense(kv_lengths)
     bias_stride, factor, options = _options(k, kv_lengths, key_bias, scale)
-    rows = torch.empty((3 if options["EXACT"] else 2, batch, heads, queries), dtype=torch.float32, device=q.device)
+    planes = 3 if options["EXACT"] or options["HAS_BIAS"] else 2
+    rows = torch.empty((planes, batch, heads, queries), dtype=torch.float32, device=q.device)
     sizes = batch * heads * queries, queries, keys, heads, heads // kv_heads, scale, factor
 
     for delta in (True, False):

@@ -30,22 +30,22 @@ def _recompute(s, factor, bias, shift, inverse, HAS_BIAS: tl.constexpr, EXACT: t
     if HAS_BIAS:
         s = tl.fma(s, factor, bias)
     p = weights(s, factor, shift, HAS_BIAS, EXACT)
-    if EXACT:
+    if EXACT or HAS_BIAS:
         p *= inverse
     return p
 
 
 @triton.jit
-def _row_values(at, rows, left, plane, MASKED: tl.constexpr, EXACT: tl.constexpr):
+def _row_values(at, rows, left, plane, MASKED: tl.constexpr, APART: tl.constexpr):
     """shift, delta, inverse. Beyond the last query shift is inf, so that P is 0 there."""
     if MASKED:
         shift = tl.load(at + rows, mask=rows < left, other=float("inf"))
         delta = tl.load(at + plane + rows, mask=rows < left, other=0.0)
-        inverse = tl.load(at + plane + plane + rows, mask=rows < left, other=0.0) if EXACT else shift
+        inverse = tl.load(at + plane + plane + rows, mask=rows < left, other=0.0) if APART else shift
     else:
         shift = tl.load(at + rows)
         delta = tl.load(at + plane + rows)
-        inverse = tl.load(at + plane + plane + rows) if EXACT else shift
+        inverse = tl.load(at + plane + plane + rows) if APART else shift
     return shift, delta, inverse
 
 
@@ -81,8 +81,8 @@ def query_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lengths_ptr, bias_ptr, stats_ptr
                  BLOCK_N: tl.constexpr):
     """One block of queries of one head: dQ, or with DELTA what the other kernels need per row.
 
-    rows [2 or 3,B,H,Sq], `plane` elements each: shift, delta and, if EXACT, inverse, so that P = 2^(score - shift)
-    (* inverse). EXACT keeps 1 / total apart, whose logarithm is lost next to a score of 1e4, and sums P dP for delta.
+    rows [2 or 3,B,H,Sq], `plane` elements each: shift, delta and, if EXACT or with a bias, inverse, so that P is
+    2^(score - shift) (* inverse): its logarithm is lost next to a score of 1e4, or of -1e9. EXACT sums P dP for delta.
     """
     begin, b, h = place(BLOCK_M, Sq, H)
     n = visible_keys(lengths_ptr, b, Sk, HAS_LENGTHS)
@@ -95,15 +95,15 @@ def query_kernel(q_ptr, k_ptr, v_ptr, grad_ptr, lengths_ptr, bias_ptr, stats_ptr
         seen = queries < Sq - begin
         shift = tl.load(stats_ptr + row * 2 + queries * 2, mask=seen, other=0.0)
         inverse = tl.load(stats_ptr + row * 2 + queries * 2 + 1, mask=seen, other=0.0)
-        if not EXACT:
+        if not (EXACT or HAS_BIAS):
             shift -= tl.log2(tl.where(inverse == 0, 1.0, inverse))
         shift = tl.where(inverse == 0, float("inf"), shift)
         tl.store(rows_ptr + row + queries, shift, mask=seen)
-        if EXACT:
+        if EXACT or HAS_BIAS:
             tl.store(rows_ptr + plane + plane + row + queries, inverse, mask=seen)
         delta = shift
     else:
-        shift, delta, inverse = _row_values(rows_ptr + row, queries, Sq - begin, plane, True, EXACT)
+        shift, delta, inverse = _row_values(rows_ptr + row, queries, Sq - begin, plane, True, EXACT or HAS_BIAS)
     if DELTA and not EXACT:
         o0, o1 = load(out_ptr + ((b * Sq + begin) * H + h) * D, queries, H * D, Sq - begin, D, D0, D1, True)
         sum0 = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
@@ -148,7 +148,7 @@ def _key_step(k0, k1, v0, v1, bias, q_at, q_ss, g_at, g_ss, rows_at, plane, quer
               DK: tl.constexpr, DV: tl.constexpr, DBIAS: tl.constexpr, TAIL: tl.constexpr):
     """One block of queries, as columns, seen by a block of keys."""
     q0, q1 = load(q_at, queries, q_ss, left, D, D0, D1, TAIL)
-    shift, delta, inverse = _row_values(rows_at, queries, left, plane, TAIL, EXACT)
+    shift, delta, inverse = _row_values(rows_at, queries, left, plane, TAIL, EXACT or HAS_BIAS)
     s = product(k0, k1, q0, q1, D1)
     p = _recompute(s, factor, bias, shift[None, :], inverse[None, :], HAS_BIAS, EXACT)
     g0, g1 = load(g_at, queries, g_ss, left, D, D0, D1, TAIL)

@@ -94,10 +94,11 @@ def visible_keys(lengths_ptr, b, Sk, HAS_LENGTHS: tl.constexpr):
 
 @triton.jit
 def load_bias(at, keys, left, MASKED: tl.constexpr):
-    """key_bias in base 2. Only -inf hides; a finite bias stays finite."""
+    """key_bias in base 2. Only -inf hides; a finite bias stays finite, nan stays nan (which minimum would drop)."""
     bias = tl.load(at + keys, mask=keys < left, other=0.0) if MASKED else tl.load(at + keys)
     bias = bias.to(tl.float32)
-    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * LOG2E, LOWEST_BIAS))
+    bias = tl.where((bias < LOWEST_BIAS / LOG2E) & (bias > float("-inf")), LOWEST_BIAS / LOG2E, bias)
+    return tl.where((bias > -LOWEST_BIAS / LOG2E) & (bias < float("inf")), -LOWEST_BIAS / LOG2E, bias) * LOG2E
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def _store(rows, inside, a, b, D: tl.constexpr, P: tl.constexpr, HALF: tl.conste
 @triton.jit
 def _rows(x, batch, tokens, heads, x_b, x_s, x_h, ALIGN: tl.constexpr):
     """Pointers [T,HB,1] to the rows of x. Strides come divided by ALIGN, which tells the compiler what divides them."""
-    return x + batch * (x_b * ALIGN) + tokens * (x_s * ALIGN) + heads.to(tl.int64) * (x_h * ALIGN)
+    return x + batch * x_b * ALIGN + tokens * x_s * ALIGN + heads.to(tl.int64) * x_h * ALIGN  # 64 bits from the left
 
 
 @triton.jit
@@ -115,13 +115,12 @@ def _normalise(a, b, inside, eps, H: tl.constexpr, D: tl.constexpr, P: tl.conste
 
 
 @triton.jit
-def _forward_rows(x, out, weight, bias, cos, sin, x_b, x_s, x_h, out_b, tables, block, length, eps, H: tl.constexpr,
-                  D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, FULL: tl.constexpr, HALF: tl.constexpr,
-                  INVERSE: tl.constexpr, PER_HEAD: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr,
-                  HB: tl.constexpr, PAIRS: tl.constexpr):
+def _forward_rows(x, out, weight, bias, cos, sin, x_b, x_s, x_h, out_b, tables, batch, tile, block, length, eps,
+                  H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, FULL: tl.constexpr,
+                  HALF: tl.constexpr, INVERSE: tl.constexpr, PER_HEAD: tl.constexpr, ALIGN: tl.constexpr,
+                  T: tl.constexpr, HB: tl.constexpr, PAIRS: tl.constexpr):
     """T tokens by HB heads of one tensor."""
-    batch = tl.program_id(2).to(tl.int64)
-    tokens = tl.program_id(0).to(tl.int64) * T + tl.arange(0, T)[:, None, None]
+    tokens = tile * T + tl.arange(0, T)[:, None, None]
     heads = block * HB + tl.arange(0, HB)[None, :, None]
     inside = (tokens < length) & (heads < H)
     a, b = _load(_rows(x, batch, tokens, heads, x_b, x_s, x_h, ALIGN), inside, D, P, HALF, PAIRS)
@@ -137,7 +136,7 @@ def _forward_rows(x, out, weight, bias, cos, sin, x_b, x_s, x_h, out_b, tables, 
         there = inside if PER_HEAD else tokens < length
         c, s = _angles(cos, sin, tables, batch, tokens, heads, there, -1.0 if INVERSE else 1.0, P, PER_HEAD, PAIRS)
         a, b = a * c - b * s, b * c + a * s
-    _store(out + batch * (out_b * ALIGN) + tokens * (H * D) + heads * D, inside, a, b, D, P, HALF, PAIRS)
+    _store(out + batch * out_b * ALIGN + tokens * (H * D) + heads * D, inside, a, b, D, P, HALF, PAIRS)
 
 
 @triton.jit(do_not_specialize=["q_b", "q_s", "q_h", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "q_out_b", "k_out_b",
@@ -152,29 +151,32 @@ def _forward_kernel(q, k, v, q_out, k_out, v_out, q_weight, k_weight, q_bias, k_
     tables = (cos_b, cos_s, cos_h, cos_p, sin_b, sin_s, sin_h, sin_p)
     Q_BLOCKS: tl.constexpr = 0 if q is None else (H + HB - 1) // HB
     K_BLOCKS: tl.constexpr = 0 if k is None else (KV_H + HB - 1) // HB
-    block = tl.program_id(1)
+    tiles, block = tl.cdiv(tl.maximum(q_length, k_length), T), tl.program_id(1)
+    batch, tile = (tl.program_id(0) // tiles).to(tl.int64), (tl.program_id(0) % tiles).to(tl.int64)
     if q is not None:
         if block < Q_BLOCKS:
-            _forward_rows(q, q_out, q_weight, q_bias, cos, sin, q_b, q_s, q_h, q_out_b, tables, block, q_length, eps, H,
-                          D, P, NORM, FULL, HALF, INVERSE, PER_HEAD, ALIGN, T, HB, PAIRS)
+            _forward_rows(q, q_out, q_weight, q_bias, cos, sin, q_b, q_s, q_h, q_out_b, tables, batch, tile, block,
+                          q_length, eps, H, D, P, NORM, FULL, HALF, INVERSE, PER_HEAD, ALIGN, T, HB, PAIRS)
     if k is not None:
         if (block >= Q_BLOCKS) & (block < Q_BLOCKS + K_BLOCKS):
-            _forward_rows(k, k_out, k_weight, k_bias, cos, sin, k_b, k_s, k_h, k_out_b, tables, block - Q_BLOCKS,
+            _forward_rows(k, k_out, k_weight, k_bias, cos, sin, k_b, k_s, k_h, k_out_b, tables, batch, tile, block - Q_BLOCKS,
                           k_length, eps, KV_H, D, P, NORM, FULL, HALF, INVERSE, PER_HEAD, ALIGN, T, HB, PAIRS)
     if v is not None:
         if block >= Q_BLOCKS + K_BLOCKS:
-            _forward_rows(v, v_out, None, None, None, None, v_b, v_s, v_h, v_out_b, tables, block - Q_BLOCKS - K_BLOCKS,
-                          k_length, eps, KV_H, D, P, None, False, False, False, False, ALIGN, T, HB, PAIRS)
+            _forward_rows(v, v_out, None, None, None, None, v_b, v_s, v_h, v_out_b, tables, batch, tile,
+                          block - Q_BLOCKS - K_BLOCKS, k_length, eps, KV_H, D, P, None, False, False, False, False,
+                          ALIGN, T, HB, PAIRS)
 
 
 @triton.jit
-def _backward_rows(dy, x, dx, weight, weight_sums, bias_sums, cos, sin, dy_b, dy_s, dy_h, x_b, x_s, x_h, tables, length,
-                   eps, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr, FULL: tl.constexpr,
-                   HALF: tl.constexpr, PER_HEAD: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr, HB: tl.constexpr,
-                   PAIRS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
+def _backward_rows(dy, x, dx, weight, weight_sums, bias_sums, cos, sin, dy_b, dy_s, dy_h, x_b, x_s, x_h, tables, chunks,
+                   length, eps, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
+                   FULL: tl.constexpr, HALF: tl.constexpr, PER_HEAD: tl.constexpr, ALIGN: tl.constexpr, T: tl.constexpr,
+                   HB: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
     """CHUNK tokens of one tensor, all its heads: dx [B,S,H,D], and the chunk's row of the sums [B * chunks, W]."""
     SHARE: tl.constexpr = 1.0 / (H * D if FULL else D)
-    batch, chunk = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64)
+    batch, chunk = row // chunks, row % chunks
     if weight_sums is not None:
         weight_a, weight_b = tl.zeros([T, HB, PAIRS], tl.float32), tl.zeros([T, HB, PAIRS], tl.float32)
     if bias_sums is not None:
@@ -187,6 +189,7 @@ def _backward_rows(dy, x, dx, weight, weight_sums, bias_sums, cos, sin, dy_b, dy
         a, b = _load(_rows(x, batch, tokens, heads, x_b, x_s, x_h, ALIGN), inside, D, P, HALF, PAIRS)
         grad_a, grad_b = _load(_rows(dy, batch, tokens, heads, dy_b, dy_s, dy_h, ALIGN), inside, D, P, HALF, PAIRS)
         a, b, rstd = _normalise(a, b, inside, eps, H, D, P, NORM, FULL, HALF, PAIRS)
+        a, b = tl.where(inside, a, 0.0), tl.where(inside, b, 0.0)  # with eps = 0 a row that is not there is nan
         if cos is not None:
             there = inside if PER_HEAD else tokens < length
             c, s = _angles(cos, sin, tables, batch, tokens, heads, there, -1.0, P, PER_HEAD, PAIRS)
@@ -208,7 +211,6 @@ def _backward_rows(dy, x, dx, weight, weight_sums, bias_sums, cos, sin, dy_b, dy
                 dx_a, dx_b = dx_a - mean, dx_b - mean
             to = dx + (batch * length + tokens) * (H * D) + heads * D
             _store(to, inside, dx_a * rstd, dx_b * rstd, D, P, HALF, PAIRS)
-    row = batch * tl.num_programs(0) + chunk
     if weight_sums is not None:
         _store_sums(weight_sums, row, weight_a, weight_b, H, D, P, FULL, HALF, HB, PAIRS)
     if bias_sums is not None:
@@ -239,16 +241,17 @@ def _backward_kernel(dq_out, dk_out, q, k, dq, dk, q_weight, k_weight, q_weight_
                      T: tl.constexpr, HB: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
     """A program: CHUNK tokens of q, or of k. The sums are those over the chunk, [B * chunks, W] float32."""
     tables = (cos_b, cos_s, cos_h, cos_p, sin_b, sin_s, sin_h, sin_p)
+    chunks = tl.maximum(tl.cdiv(tl.maximum(q_length, k_length), CHUNK), 1)
     if dq_out is not None:
         if tl.program_id(1) == 0:
             _backward_rows(dq_out, q, dq, q_weight, q_weight_sums, q_bias_sums, cos, sin, dq_out_b, dq_out_s, dq_out_h,
-                           q_b, q_s, q_h, tables, q_length, eps, H, D, P, NORM, FULL, HALF, PER_HEAD, ALIGN, T, HB,
-                           PAIRS, CHUNK, STAGES)
+                           q_b, q_s, q_h, tables, chunks, q_length, eps, H, D, P, NORM, FULL, HALF, PER_HEAD, ALIGN, T,
+                           HB, PAIRS, CHUNK, STAGES)
     if dk_out is not None:
         if tl.program_id(1) == tl.num_programs(1) - 1:
             _backward_rows(dk_out, k, dk, k_weight, k_weight_sums, k_bias_sums, cos, sin, dk_out_b, dk_out_s, dk_out_h,
-                           k_b, k_s, k_h, tables, k_length, eps, KV_H, D, P, NORM, FULL, HALF, PER_HEAD, ALIGN, T, HB,
-                           PAIRS, CHUNK, STAGES)
+                           k_b, k_s, k_h, tables, chunks, k_length, eps, KV_H, D, P, NORM, FULL, HALF, PER_HEAD, ALIGN,
+                           T, HB, PAIRS, CHUNK, STAGES)
 
 
 @triton.jit
@@ -281,7 +284,9 @@ def _sum_kernel(q_weight_sums, k_weight_sums, q_bias_sums, k_bias_sums, dq_weigh
 
 def unsupported(_op, inputs):
     """Why these inputs cannot run here, or None. The last two of each stream, cos and sin, may be strided."""
-    return why_not_triton([t if t is None or i % 9 < 7 or t.stride(-1) == 1 else t.unsqueeze(-1)
+    if 0 in inputs[0].shape[2:]:
+        return "there are no heads, or no elements in them"
+    return why_not_triton([t[..., None] if t is not None and i % 9 > 6 and t.stride(-1) != 1 else t
                            for i, t in enumerate(inputs)])
 
 
@@ -327,11 +332,11 @@ def _forward(parts, outputs, weights, biases, cos, sin, norm, norm_scope, eps, r
         cos = sin = None
     full = constants["FULL"] and norm is not None
     constants["FULL"] = full
-    some = k if q is None else q
-    config = configs.forward(max(constants["H"], constants["KV_H"]), constants["D"], full, architecture(some))
+    arch = architecture(k if q is None else q)
+    config = configs.forward(max(constants["H"], constants["KV_H"]), constants["D"], full, arch)
     blocks = sum(triton.cdiv(t.shape[2], config.HB) for t in parts if t is not None)
     align, strides = _strides(parts, outputs)
-    launch(_forward_kernel, (triton.cdiv(max(q_length, k_length), config.T), blocks, B), *parts, *outputs, *weights,
+    launch(_forward_kernel, (triton.cdiv(max(q_length, k_length), config.T) * B, blocks), *parts, *outputs, *weights,
            *biases, cos, sin, *strides, *_table_strides(cos, sin), q_length, k_length, eps, config=config, NORM=norm,
            INVERSE=inverse, ALIGN=align, **constants)
 
@@ -382,7 +387,7 @@ def qk_norm_rope_backward(grad_q, grad_k, q, k, q_weight, k_weight, q_bias, k_bi
     sums = [None if grad is None else torch.empty((rows, grad.shape[0]), dtype=torch.float32, device=q.device)
             for grad in found[2:]]
     align, strides = _strides((*grads, q, k))
-    launch(_backward_kernel, (chunks, 2 - grads.count(None), B), *grads, q, k, *found[:2], q_weight, k_weight, *sums,
+    launch(_backward_kernel, (rows, 2 - grads.count(None)), *grads, q, k, *found[:2], q_weight, k_weight, *sums,
            cos, sin, *strides, *_table_strides(cos, sin), *lengths, eps, config=config, NORM=norm, ALIGN=align,
            **constants)
     if any(grad is not None for grad in found[2:]):

@@ -60,6 +60,14 @@ def _bias(values, dtype=torch.float32):
     return build
 
 
+def _padded_caption(make):
+    bias = torch.zeros(3, 160)  # one sample all at the lowest number, one partly, lengths from a table's column
+    bias[0], bias[1, 100:] = torch.finfo(torch.float32).min, -1e9
+    lengths = torch.tensor([[160, 9], [160, 9], [131, 9]], dtype=torch.int32)[:, 0]
+    q, k, v = (make(name, 3, S, 2, 16) for name, S in (("q", 21), ("k", 160), ("v", 160)))
+    return (q, k, v), {"key_bias": make.constant(bias), "kv_lengths": make.constant(lengths)}
+
+
 def _uniform_bias(make):
     bias = torch.full((2, 35), -1e4)  # every key "masked" by a finite number: plain attention again
     return make("qkv", 2, 35, 3, 2, 24).unbind(2), {"key_bias": make.constant(bias)}
@@ -100,6 +108,7 @@ CASES = [Case("attention", name, build, why, grad=grad) for name, build, why, gr
     ("bias", _cross(2, 47, 129, 3, 3, 64, bias=True), "a float32 bias with its gradient", "transposed"),
     ("bias_minus_1e4", _bias([-1e4, 0.0, -1e4]), "a finite mask is added, not special", "dense"),
     ("bias_all_1e4", _uniform_bias, "every key at -1e4: a softmax like any other", "dense"),
+    ("bias_lowest", _padded_caption, "every key at the lowest finite number, strided lengths", "dense"),
     ("bias_minus_inf", _bias([-torch.inf, 1.0]), "an infinite mask hides", "dense"),
     ("bias_bf16", _bias([-3.0, 2.5], torch.bfloat16), "a narrow bias", "dense"),
     ("scale", _cross(2, 9, 50, 2, 2, 40, scale=0.5), "a scale of one's own", "dense"),

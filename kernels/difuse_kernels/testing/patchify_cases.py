@@ -53,6 +53,8 @@ PATCHIFY = _rows("patchify", [
     ("expanded", _expanded, "stride 0 over the channels", "expanded"),
     ("no_samples", _image("cpq", (2, 2), 0, 3, 4, 4), "zero samples", "dense"),
     ("no_tokens", _image("cpq", (2, 2), 2, 3, 0, 4), "zero tokens", "dense"),
+    ("no_width", _image("pqc", (2, 2), 2, 3, 4, 0), "zero columns", "dense"),
+    ("no_channels", _image("cpq", (2, 2), 2, 0, 4, 4), "zero channels", "dense"),
     ("gradcheck", _image("cqp", (2, 3), 2, 2, 4, 6), "small", "dense"),
 ])
 UNPATCHIFY = _rows("unpatchify", [
@@ -67,6 +69,7 @@ UNPATCHIFY = _rows("unpatchify", [
     ("video_ctqp", _tokens("ctqp", (4, 2, 2), (2, 3, 3), 2, 3), "LTX's VAE", "transposed"),
     ("token_slice", _token_slice, "foreign strides of sample and token", "dense"),
     ("no_samples", _tokens("pqc", (2, 2), (2, 2), 0, 3), "zero samples", "dense"),
+    ("no_grid", _tokens("pqc", (2, 2), (2, 0), 2, 3), "zero tokens", "dense"),
     ("gradcheck", _tokens("pqc", (2, 1), (2, 3), 2, 2), "small", "dense"),
 ])
 
