@@ -17,6 +17,7 @@ BACKWARD_READS = {
     "gate_residual": ((1, 2), ()),
     "gate_residual_norm_modulate": ((1, 2, 3), (0,)),
     "attention": ((0, 1, 2), (0,)),
+    "attention_packed": ((0,), (0,)),
     "patchify": ((), ()),
     "unpatchify": ((), ()),
     "sampler_step": ((), ()),
@@ -84,6 +85,8 @@ def work(op, args, kwargs, outputs, backward):
 
 
 def _flops(op, args, outputs, backward):
+    if op == "attention_packed":
+        op, args = "attention", args[0].unbind(2)
     if op == "attention":
         batch, queries, heads, head_dim = args[0].shape
         products = 2 + (5 if backward else 0)  # qk, pv; then both again and qk recomputed

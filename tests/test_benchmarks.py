@@ -24,7 +24,7 @@ def tiny(op, name):
 
 TINY = [tiny(op, name) for op, name in (
     ("norm_modulate", "per_token"), ("gate_residual", "odd"), ("gate_residual_norm_modulate", "affine"),
-    ("attention", "dit_s"), ("attention_packed", "dit_s"), ("gated_activation", "odd"), ("qk_norm_rope", "odd"),
+    ("attention", "dit_s"), ("attention_packed", "lengths_bias"), ("gated_activation", "odd"), ("qk_norm_rope", "odd"),
     ("qk_norm_rope_joint", "gradcheck"), ("patchify", "gradcheck"), ("unpatchify", "gradcheck"),
     ("sampler_step", "ddim_cfg"))]
 

@@ -34,6 +34,7 @@ def load(P, rows, live, d, inside):
 
 @triton.jit
 def store(P, value, rows, live, d, inside):
+    """The reverse of `load`, rounding."""
     tl.store(P + rows[:, None] + d, value.to(P.dtype.element_ty), mask=live[:, None] & inside)
 
 
@@ -84,6 +85,7 @@ def place(S, D: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def token_rows(first, S, ROWS: tl.constexpr):
+    """Numbers of ROWS tokens in 64 bits, and which of them exist."""
     s = tl.arange(0, ROWS).to(tl.int64) + first
     return s, (tl.full([1], True, tl.int1) if ROWS == 1 else s < S)
 

@@ -39,6 +39,7 @@ def load(base, rows, stride, left, D: tl.constexpr, D0: tl.constexpr, D1: tl.con
 
 @triton.jit
 def store(base, rows, stride, left, first, rest, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """The reverse of `load`, rounding."""
     cols = tl.arange(0, D0)
     tl.store(base + rows[:, None] * stride + cols[None, :], first.to(base.dtype.element_ty),
              mask=(rows < left)[:, None] & (cols < D)[None, :])
@@ -68,6 +69,7 @@ def accumulate(weights, b0, b1, acc0, acc1, D1: tl.constexpr):
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Both parts of an accumulator."""
     first = tl.zeros([ROWS, D0], tl.float32)
     rest = first
     if D1 > 0:

@@ -62,7 +62,8 @@ def _store(rows, inside, a, b, D: tl.constexpr, P: tl.constexpr, HALF: tl.conste
 @triton.jit
 def _rows(x, batch, tokens, heads, x_b, x_s, x_h, ALIGN: tl.constexpr):
     """Pointers [T,HB,1] to the rows of x. Strides come divided by ALIGN, which tells the compiler what divides them."""
-    return x + batch * x_b * ALIGN + tokens * x_s * ALIGN + heads.to(tl.int64) * x_h * ALIGN  # 64 bits from the left
+    unit = tl.full([], ALIGN, tl.int64)  # times ALIGN a stride may need 64 bits again
+    return x + batch * (x_b * unit) + tokens * (x_s * unit) + heads.to(tl.int64) * (x_h * unit)
 
 
 @triton.jit
@@ -136,7 +137,8 @@ def _forward_rows(x, out, weight, bias, cos, sin, x_b, x_s, x_h, out_b, tables, 
         there = inside if PER_HEAD else tokens < length
         c, s = _angles(cos, sin, tables, batch, tokens, heads, there, -1.0 if INVERSE else 1.0, P, PER_HEAD, PAIRS)
         a, b = a * c - b * s, b * c + a * s
-    _store(out + batch * out_b * ALIGN + tokens * (H * D) + heads * D, inside, a, b, D, P, HALF, PAIRS)
+    to = out + batch * (out_b * tl.full([], ALIGN, tl.int64)) + tokens * (H * D) + heads * D
+    _store(to, inside, a, b, D, P, HALF, PAIRS)
 
 
 @triton.jit(do_not_specialize=["q_b", "q_s", "q_h", "k_b", "k_s", "k_h", "v_b", "v_s", "v_h", "q_out_b", "k_out_b",
@@ -159,8 +161,9 @@ def _forward_kernel(q, k, v, q_out, k_out, v_out, q_weight, k_weight, q_bias, k_
                           q_length, eps, H, D, P, NORM, FULL, HALF, INVERSE, PER_HEAD, ALIGN, T, HB, PAIRS)
     if k is not None:
         if (block >= Q_BLOCKS) & (block < Q_BLOCKS + K_BLOCKS):
-            _forward_rows(k, k_out, k_weight, k_bias, cos, sin, k_b, k_s, k_h, k_out_b, tables, batch, tile, block - Q_BLOCKS,
-                          k_length, eps, KV_H, D, P, NORM, FULL, HALF, INVERSE, PER_HEAD, ALIGN, T, HB, PAIRS)
+            _forward_rows(k, k_out, k_weight, k_bias, cos, sin, k_b, k_s, k_h, k_out_b, tables, batch, tile,
+                          block - Q_BLOCKS, k_length, eps, KV_H, D, P, NORM, FULL, HALF, INVERSE, PER_HEAD, ALIGN, T,
+                          HB, PAIRS)
     if v is not None:
         if block >= Q_BLOCKS + K_BLOCKS:
             _forward_rows(v, v_out, None, None, None, None, v_b, v_s, v_h, v_out_b, tables, batch, tile,
@@ -175,8 +178,7 @@ def _backward_rows(dy, x, dx, weight, weight_sums, bias_sums, cos, sin, dy_b, dy
                    HB: tl.constexpr, PAIRS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr):
     """CHUNK tokens of one tensor, all its heads: dx [B,S,H,D], and the chunk's row of the sums [B * chunks, W]."""
     SHARE: tl.constexpr = 1.0 / (H * D if FULL else D)
-    row = tl.program_id(0).to(tl.int64)
-    batch, chunk = row // chunks, row % chunks
+    batch, chunk = (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
     if weight_sums is not None:
         weight_a, weight_b = tl.zeros([T, HB, PAIRS], tl.float32), tl.zeros([T, HB, PAIRS], tl.float32)
     if bias_sums is not None:
@@ -189,7 +191,6 @@ def _backward_rows(dy, x, dx, weight, weight_sums, bias_sums, cos, sin, dy_b, dy
         a, b = _load(_rows(x, batch, tokens, heads, x_b, x_s, x_h, ALIGN), inside, D, P, HALF, PAIRS)
         grad_a, grad_b = _load(_rows(dy, batch, tokens, heads, dy_b, dy_s, dy_h, ALIGN), inside, D, P, HALF, PAIRS)
         a, b, rstd = _normalise(a, b, inside, eps, H, D, P, NORM, FULL, HALF, PAIRS)
-        a, b = tl.where(inside, a, 0.0), tl.where(inside, b, 0.0)  # with eps = 0 a row that is not there is nan
         if cos is not None:
             there = inside if PER_HEAD else tokens < length
             c, s = _angles(cos, sin, tables, batch, tokens, heads, there, -1.0, P, PER_HEAD, PAIRS)
@@ -211,6 +212,7 @@ def _backward_rows(dy, x, dx, weight, weight_sums, bias_sums, cos, sin, dy_b, dy
                 dx_a, dx_b = dx_a - mean, dx_b - mean
             to = dx + (batch * length + tokens) * (H * D) + heads * D
             _store(to, inside, dx_a * rstd, dx_b * rstd, D, P, HALF, PAIRS)
+    row = tl.program_id(0).to(tl.int64)
     if weight_sums is not None:
         _store_sums(weight_sums, row, weight_a, weight_b, H, D, P, FULL, HALF, HB, PAIRS)
     if bias_sums is not None:
@@ -379,7 +381,7 @@ def qk_norm_rope_backward(grad_q, grad_k, q, k, q_weight, k_weight, q_bias, k_bi
     lengths, B, constants = _shape(q, k, cos, norm_scope, rope)
     if not constants["P"]:
         cos = sin = None
-    arch = architecture(q)
+    eps, arch = max(eps, 1e-37), architecture(q)  # rows beyond the last have no variance, and 0 * inf is no zero
     config = configs.backward(max(constants["H"], constants["KV_H"]), constants["D"], constants["FULL"],
                               q.element_size(), arch)
     chunks = triton.cdiv(max(lengths), config.CHUNK) if max(lengths) else 1  # no tokens: the sums are still zeros

@@ -38,8 +38,8 @@ class Sum:
     num_stages: int = 1
 
 
-# Shared memory for steps to come, beside the reductions: of 163, 227 and 227 KB, nothing of AMD's 64; others have 99
-AHEAD_BYTES = {"sm_80": 96 << 10, "sm_90": 96 << 10, "sm_100": 96 << 10, "gfx942": 0}
+# Shared memory for a step to come, beside the reductions: nothing of AMD's 64 KB; a step of 32 KB spills on sm_100
+AHEAD_BYTES = {"sm_80": 96 << 10, "sm_90": 96 << 10, "sm_100": 31 << 10, "gfx942": 0}
 
 
 def _next_power_of_2(n):
@@ -70,9 +70,9 @@ def backward(heads, head_dim, full, element_size, arch):
         return Walk(T, HB, pairs, num_warps, CHUNK=8, STAGES=2)
     # 16 tokens a chunk: partial sums stay below a tenth of what is read, and 4096 tokens make 512 programs of q and k.
     # Per head four or five programs share a multiprocessor, and one step ahead keeps 32 KB under way. A token of 5120
-    # leaves room for one program, which must not wait: two steps, as far as shared memory goes
+    # leaves room for one program only; two steps ahead cost it registers that it spills
     step = 2 * T * HB * 2 * pairs * element_size
-    ahead = min(2 if full else 1, AHEAD_BYTES.get(arch, 32 << 10) // step)
+    ahead = min(1, AHEAD_BYTES.get(arch, 32 << 10) // step)
     return Walk(T, HB, pairs, num_warps, CHUNK=max(T, 16), STAGES=1 + ahead)
 
 
