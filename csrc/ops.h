@@ -1,19 +1,23 @@
-// The native table of contents: every CPU kernel's signature. Plain pointers, sizes and strides; nothing of torch here.
+// The native table of contents: every kernel's signature. Plain pointers, sizes and strides; nothing of torch here.
 // Each *_cpu.cpp is compiled once per instruction set into its own namespace; bindings.cpp picks one table at import.
+// Each *_cuda.cu is compiled once, for all GPU architectures, into namespace cuda; bindings_cuda.cpp calls it.
 #pragma once
 #include <cstdint>
+#include <string>
 
 namespace difuse {
 
 enum class DType : int { f32, bf16, f16, i32 };
 
 constexpr int kMaxDims = 8;
+constexpr int kNoDevice = -2, kCpu = -1;  // from 0 on: the number of a GPU
 
 // A strided view of somebody else's memory. Strides count elements. data == nullptr means "not given" (or no element).
 struct Tensor {
   char* data = nullptr;
   DType dtype = DType::f32;
   int ndim = 0;
+  int device = kNoDevice;
   int64_t size[kMaxDims] = {};
   int64_t stride[kMaxDims] = {};
   explicit operator bool() const { return data != nullptr; }
@@ -27,15 +31,27 @@ struct TensorList {
   int n = 0;
 };
 
+// What a launch on a GPU needs beside its arguments: where to run, and float32 scratch memory that lives until the
+// kernels launched in this call have run. Scratch is uninitialised and 16-byte aligned.
+struct Queue {
+  int device;
+  void* stream;
+  virtual float* scratch(int64_t floats) = 0;
+};
+
 // X(name, arguments): outputs are preallocated by the caller and overwritten, never accumulated into.
-#define DIFUSE_CPU_OPS(X)                                                                                              \
+// On the CPU only.
+#define DIFUSE_ATTENTION(X)                                                                                            \
   /* kv_lengths, key_bias and stats may be absent. stats [B,H,Sq,2] f32: each query's largest score and 1 / sum. */    \
   X(attention_forward, (const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_lengths,                   \
                         const Tensor& key_bias, float scale, const Tensor& out, const Tensor& stats))                  \
   /* Gradients that are absent are not computed; dbias is key_bias's. */                                               \
   X(attention_backward, (const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,                        \
                          const Tensor& kv_lengths, const Tensor& key_bias, float scale, const Tensor& stats,           \
-                         const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias))                   \
+                         const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias))
+
+// On the CPU and on GPUs.
+#define DIFUSE_OPS(X)                                                                                                  \
   /* x_new (absent when y is), h; mean and rstd [B,S] f32 may be absent. scale, shift, gate: [B,D] is one row per       \
      sample, [B,S,D] one per token; weight, bias [D]. */                                                               \
   X(adaln_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& scale, const Tensor& shift,    \
@@ -75,6 +91,8 @@ struct TensorList {
   X(gate_residual_backward, (const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy,                \
                              const Tensor& dgate))
 
+#define DIFUSE_CPU_OPS(X) DIFUSE_ATTENTION(X) DIFUSE_OPS(X)
+
 struct CpuOps {
 #define DIFUSE_POINTER(name, arguments) void(*name) arguments;
   DIFUSE_CPU_OPS(DIFUSE_POINTER)
@@ -88,5 +106,14 @@ DIFUSE_CPU_OPS(DIFUSE_DECLARE)
 #undef DIFUSE_DECLARE
 }  // namespace DIFUSE_ISA
 #endif
+
+namespace cuda {
+#define DIFUSE_FLAT(...) __VA_ARGS__
+#define DIFUSE_DECLARE(name, arguments) void name(Queue& queue, DIFUSE_FLAT arguments);
+DIFUSE_OPS(DIFUSE_DECLARE)
+#undef DIFUSE_DECLARE
+std::string missing();        // why nothing can be launched here, or ""
+const char* architectures();  // in this build, e.g. "sm_80 sm_90a sm_100 compute_100"
+}  // namespace cuda
 
 }  // namespace difuse

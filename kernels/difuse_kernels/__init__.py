@@ -1,6 +1,6 @@
 """difuse_kernels: the hot paths of diffusion transformers, each with a contract, a reference and kernels.
 
-    op                                              contract, reference, launchers       C++ kernels
+    op                                              contract, reference, launchers       C++ and CUDA C++ kernels
     attention                                       attention/                           csrc/attention/
     norm_modulate, gate_residual,
     gate_residual_norm_modulate                     adaln/                               csrc/adaln/
@@ -9,8 +9,9 @@
     qk_norm_rope, qk_norm_rope_joint                qk_norm_rope/                        csrc/qk_norm_rope/
     sampler_step                                    sampler_step/                        csrc/sampler_step/
 
-`<op>/<op>.py` is the contract, `<op>/<op>_reference.py` the specification in plain PyTorch, `<op>/<op>_cpu.py` the
-launcher of the C++ kernel. `dispatch.py` chooses; `python -m difuse_kernels` prints what runs on this machine.
+`<op>/<op>.py` is the contract, `<op>/<op>_reference.py` the specification in plain PyTorch, `<op>/<op>_native.py` the
+launcher of the C++ kernels for CPUs and CUDA, `<op>/<op>_triton.py` the kernels in Triton. `dispatch.py` chooses;
+`python -m difuse_kernels` prints what runs on this machine.
 """
 from difuse_kernels.adaln.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
 from difuse_kernels.attention.attention import attention, attention_packed

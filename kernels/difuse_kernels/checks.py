@@ -62,17 +62,13 @@ def apply(function, *arguments):
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
-def why_not_cpu(inputs):
-    """What the C++ CPU kernels refuse in any op: another device, another dtype, a strided last dimension."""
-    for tensor in inputs:
-        if tensor is None or (tensor.dtype in KERNEL_DTYPES and tensor.is_cpu
-                              and (tensor.is_contiguous() or tensor.stride()[-1] == 1)):
+def why_not_dense(inputs):
+    """What native kernels refuse in any op, on any device: another dtype, a strided last dimension."""
+    for position, tensor in enumerate(inputs):
+        if tensor is None or (tensor.dtype in KERNEL_DTYPES and (tensor.is_contiguous() or tensor.stride()[-1] == 1)):
             continue
-        position = next(i for i, other in enumerate(inputs) if other is tensor)
         if tensor.dtype not in KERNEL_DTYPES:
             return f"input {position} has dtype {tensor.dtype}; the kernels take float32, bfloat16 and float16"
-        if not tensor.is_cpu:
-            return f"input {position} is on {tensor.device.type}"
         if tensor.shape[-1] > 1:
             return f"the last dimension of input {position} is strided; call .contiguous() on it"
     return None

@@ -13,14 +13,16 @@ from collections import Counter
 import torch
 from torch.autograd import forward_ad
 
-from difuse_kernels import library, native, triton_launch
+from difuse_kernels import library, native, native_cuda, triton_launch
 from difuse_kernels.checks import check_same_device
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # "auto" takes the first of these that does not refuse; a device not named here has the reference only
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 # what keeps a backend from running anything at all here: a reason, or None
-MISSING = {"reference": lambda: None, "cpu": native.missing, "triton": triton_launch.missing}
+MISSING = {"reference": lambda: None, "cpu": native.missing, "cuda": native_cuda.missing,
+           "triton": triton_launch.missing}
+MACHINES = {"cpu": native, "cuda": native_cuda}  # the C++ backends: one launcher, `<op>_native.py`, serves both
 
 OPS = {}  # name -> Op, in order of definition
 _forced = "auto"  # of the process, not of a thread: backward passes run, and recompute, on threads of their own
@@ -48,7 +50,9 @@ class Op:
     def implementation(self, backend):
         """The backend's functions, imported on first use. The backend must be installed: see `missing`."""
         if backend not in self._implementations:
-            module = importlib.import_module(f"{self.stem}_{backend}")
+            module = importlib.import_module(f"{self.stem}_{'native' if backend in MACHINES else backend}")
+            if backend in MACHINES:
+                module = module.Launchers(MACHINES[backend])
             functions = ((getattr(module, self.name), None, lambda _op, _inputs: None) if backend == "reference" else
                          (getattr(module, f"{self.name}_forward"), getattr(module, f"{self.name}_backward"),
                           module.unsupported))
@@ -120,6 +124,11 @@ class Op:
         reasons = "; ".join(f"{name}: {self.refusal(name, inputs) or 'ready'}" for name in BACKENDS)
         return RuntimeError(f"{self.name}: backend '{requested}' cannot run inputs [{got}]. Per backend: {reasons}. "
                             "Choose one that is ready, or backend='auto'.")
+
+
+def forced_backend():
+    """The backend of the innermost `use_backend` block, or "auto"."""
+    return _forced
 
 
 @contextlib.contextmanager

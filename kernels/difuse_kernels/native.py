@@ -1,11 +1,15 @@
-"""Loads the C++ extension, if this installation has one.
+"""Loads the C++ extension of the CPU kernels, if this installation has one.
 
 The extension shares torch's OpenMP runtime: its GOMP symbols stay unresolved until load and bind to the one that
 torch has already loaded, so torch must be imported first and `torch.set_num_threads` rules.
+
+This module and native_cuda.py offer the same names: `<op>_native.py` launches the kernels of either through them.
 """
 import os
 
 import torch  # first, so that its OpenMP runtime is in the process
+
+from difuse_kernels.checks import why_not_dense
 
 ext = None  # the module, or None
 _missing = None  # why there is none
@@ -25,10 +29,18 @@ def missing():
     return _missing
 
 
+def unsupported(inputs):
+    """What the CPU kernels refuse in any op: another device, another dtype, a strided last dimension."""
+    for tensor in inputs:
+        if tensor is not None and not tensor.is_cpu:
+            return f"input {next(i for i, other in enumerate(inputs) if other is tensor)} is on {tensor.device.type}"
+    return why_not_dense(inputs)
+
+
 HUGE_BYTES = 4 << 20  # from here on a fresh output's page faults cost more than the kernel that fills it
 
 
-def empty(shape, dtype):
+def empty(shape, dtype, _like):
     """torch.empty on the CPU, in large pages where the tensor is large."""
     tensor = torch.empty(*shape, dtype=dtype)  # a tuple is parsed 0.7 us more slowly
     if tensor.nbytes >= HUGE_BYTES:

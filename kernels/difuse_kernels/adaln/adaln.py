@@ -13,9 +13,9 @@ from difuse_kernels.checks import apply, check_one_of, check_shape, check_tensor
 from difuse_kernels.dispatch import Op
 
 _STEM = "difuse_kernels.adaln.adaln"
-NORM_MODULATE = Op("norm_modulate", _STEM, "cpu", "triton")
-GATE_RESIDUAL = Op("gate_residual", _STEM, "cpu", "triton")
-GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", _STEM, "cpu", "triton")
+NORM_MODULATE = Op("norm_modulate", _STEM, "cpu", "cuda", "triton")
+GATE_RESIDUAL = Op("gate_residual", _STEM, "cpu", "cuda", "triton")
+GATE_RESIDUAL_NORM_MODULATE = Op("gate_residual_norm_modulate", _STEM, "cpu", "cuda", "triton")
 
 
 def _check_stream(op, x, y):
@@ -72,7 +72,7 @@ class _GateResidual(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return None, *ctx.implementation.backward(grad, *ctx.saved_tensors, grad.dtype, ctx.needs_input_grad[1:])
+        return None, *ctx.implementation.backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 
 class _GateResidualNormModulate(torch.autograd.Function):

@@ -11,6 +11,7 @@ from difuse_kernels.adaln.adaln_triton_backward import (
 )
 from difuse_kernels.adaln.adaln_triton_forward import forward_kernel, statistics_kernel
 from difuse_kernels.checks import dense_last
+from difuse_kernels.library import like
 from difuse_kernels.triton_launch import architecture, launch, why_not_triton
 
 
@@ -29,10 +30,6 @@ def _strides(*tensors):
 
 def _per_token(modulation):
     return modulation is not None and modulation.dim() == 3
-
-
-def _like(t):
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
 def _floats(*shape, like):
@@ -55,7 +52,7 @@ def _forward(x, y, gate, scale, shift, weight, bias, rms, eps, x_new, h, mean, r
 
 def norm_modulate_forward(x, scale, shift, weight, bias, norm, eps, save):
     """(h, mean, rstd); the last two are None unless `save`."""
-    h = _like(x)
+    h = like(x)
     mean, rstd = (_floats(*x.shape[:2], like=x), _floats(*x.shape[:2], like=x)) if save else (None, None)
     _forward(x, None, None, scale, shift, weight, bias, norm == "rms", eps, None, h, mean, rstd)
     return h, mean, rstd
@@ -63,7 +60,7 @@ def norm_modulate_forward(x, scale, shift, weight, bias, norm, eps, save):
 
 def gate_residual_norm_modulate_forward(x, y, gate, scale, shift, weight, bias, norm, eps, save):
     """(x', h, mean, rstd); the last two are None unless `save`."""
-    x_new, h = _like(x), _like(x)
+    x_new, h = like(x), like(x)
     mean, rstd = (_floats(*x.shape[:2], like=x), _floats(*x.shape[:2], like=x)) if save else (None, None)
     _forward(x, y, gate, scale, shift, weight, bias, norm == "rms", eps, x_new, h, mean, rstd)
     return x_new, h, mean, rstd
@@ -71,18 +68,18 @@ def gate_residual_norm_modulate_forward(x, y, gate, scale, shift, weight, bias, 
 
 def gate_residual_forward(x, y, gate):
     """x + gate * y."""
-    out = _like(x)
+    out = like(x)
     _forward(x, y, gate, None, None, None, None, True, 0.0, out, None, None, None)
     return out
 
 
 def _backward(dx_new, dh, x, y, gate, scale, shift, weight, bias, mean, rstd, rms, dx, dy, needs):
     """Fills dx and dy where they are given; returns dgate, dscale, dshift, dweight, dbias, None where not needed."""
-    like = dx_new if x is None else x
-    B, S, D = like.shape
-    arch = architecture(like)
+    some = dx_new if x is None else x
+    B, S, D = some.shape
+    arch = architecture(some)
     grads = dgate, dscale, dshift, dweight, dbias = [
-        _like(t) if need and t is not None else None
+        like(t) if need and t is not None else None
         for t, need in zip((gate, scale, shift, weight, bias), needs, strict=True)]
     token_grads = [g if _per_token(g) else None for g in grads[:3]]
     sample_grads = [None if _per_token(g) else g for g in grads[:3]]
@@ -94,13 +91,13 @@ def _backward(dx_new, dh, x, y, gate, scale, shift, weight, bias, mean, rstd, rm
             sample_grads[2] is not None and not tokens),
         SUM_GATE=sample_grads[0] is not None, SUM_DH=sample_grads[2] is not None and tokens)
     streams = sum(t is not None for t in (dx_new, dh, x, y)) + tokens + _per_token(gate)
-    config = configs.backward(S, D, like.element_size(), streams, arch)
+    config = configs.backward(S, D, some.element_size(), streams, arch)
     runs, blocks = triton.cdiv(S, config.TOKENS), triton.cdiv(D, config.columns)
-    partial = _floats(B, runs, sum(flags.values()), D, like=like)
+    partial = _floats(B, runs, sum(flags.values()), D, like=some)
     c1 = c2 = None
     if dh is not None and blocks > 1:
-        c1, c2 = _floats(B, S, like=like), _floats(B, S, like=like)
-        rows = configs.forward(D, like.element_size(), arch)
+        c1, c2 = _floats(B, S, like=some), _floats(B, S, like=some)
+        rows = configs.forward(D, some.element_size(), arch)
         launch(backward_statistics_kernel, (B * triton.cdiv(S, rows.ROWS),), dh, x, scale, weight, mean, rstd, c1, c2,
                S, *_strides(dh, x, scale), config=rows, D=D, SCALE_TOKENS=tokens, RMS=rms)
     launch(backward_kernel, (B * runs * blocks,), dx_new, dh, x, y, gate, scale, weight, bias, mean, rstd, c1, c2, dx,
@@ -110,7 +107,7 @@ def _backward(dx_new, dh, x, y, gate, scale, shift, weight, bias, mean, rstd, rm
         return grads
     config = configs.sums(arch)
     blocks = triton.cdiv(D, config.WIDTH)
-    total = _floats(B, 2, D, like=like) if affine else None
+    total = _floats(B, 2, D, like=some) if affine else None
     launch(sample_sums_kernel, (B * blocks,), partial, weight, bias, *sample_grads, total, runs, config=config, D=D,
            SCALE_TOKENS=tokens, **flags)
     if affine:
@@ -124,11 +121,11 @@ def gate_residual_norm_modulate_backward(grad_x, grad_h, x_new, y, gate, scale, 
     """Gradients of x, y, gate, scale, shift, weight, bias; None where not needed. grad_x or grad_h may be None."""
     need_x, need_y, *others = needs
     if grad_h is None:
-        zeros = [_like(t).zero_() if need and t is not None else None
+        zeros = [like(t).zero_() if need and t is not None else None
                  for t, need in zip((scale, shift, weight, bias), others[1:], strict=True)]
-        return *gate_residual_backward(grad_x, y, gate, x_new.dtype, needs[:3]), *zeros
+        return *gate_residual_backward(grad_x, y, gate, needs[:3]), *zeros
     grad_x, grad_h = (None if g is None else dense_last(g) for g in (grad_x, grad_h))
-    dx, dy = _like(x_new) if need_x else None, _like(y) if need_y and y is not None else None
+    dx, dy = like(x_new) if need_x else None, like(y) if need_y and y is not None else None
     grads = _backward(grad_x, grad_h, x_new, y, gate, scale, shift, weight, bias, mean, rstd, norm == "rms", dx, dy,
                       others)
     return dx, dy, *grads
@@ -142,7 +139,7 @@ def norm_modulate_backward(grad, x, scale, shift, weight, bias, mean, rstd, norm
     return dx, *grads
 
 
-def gate_residual_backward(grad, y, gate, _x_dtype, needs):
+def gate_residual_backward(grad, y, gate, needs):
     """Gradients of x, y, gate; None where not needed."""
     need_x, need_y, need_gate = needs
     grad = dense_last(grad)
@@ -150,7 +147,7 @@ def gate_residual_backward(grad, y, gate, _x_dtype, needs):
     if gate is None:
         dy = grad.to(y.dtype) if need_y else None
     elif need_y or need_gate:
-        dy = _like(y) if need_y else None
+        dy = like(y) if need_y else None
         dgate, *_ = _backward(grad, None, None, y, gate, None, None, None, None, None, None, True, None, dy,
                               (need_gate, False, False, False, False))
     return grad if need_x else None, dy, dgate

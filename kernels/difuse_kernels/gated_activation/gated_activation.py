@@ -15,7 +15,7 @@ from difuse_kernels.checks import FLOATS, apply, check_one_of, needs_grad
 from difuse_kernels.dispatch import Op
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-GATED_ACTIVATION = Op("gated_activation", "difuse_kernels.gated_activation.gated_activation", "cpu", "triton")
+GATED_ACTIVATION = Op("gated_activation", "difuse_kernels.gated_activation.gated_activation", "cpu", "cuda", "triton")
 
 
 def _check(h, activation, act_on):

@@ -81,6 +81,7 @@ def _offset(row, n1, n2, n3, s0, s1, s2, s3, DIMS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(H, OUT, rows, n1, n2, n3, h0, h1, h2, h3, F: tl.constexpr, KIND: tl.constexpr,
                    FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """One tile of OUT [rows,F] of H's two halves."""
     row, d, mask = _place(rows, F, ROWS, WIDTH)
     h = H + _offset(row, n1, n2, n3, h0, h1, h2, h3, DIMS)[:, None] + d
     a, b = tl.load(h, mask=mask, other=0.0).to(tl.float32), tl.load(h + F, mask=mask, other=0.0).to(tl.float32)
@@ -93,6 +94,7 @@ def forward_kernel(H, OUT, rows, n1, n2, n3, h0, h1, h2, h3, F: tl.constexpr, KI
 def backward_kernel(DOUT, H, DH, rows, n1, n2, n3, g0, g1, g2, g3, h0, h1, h2, h3, F: tl.constexpr,
                     KIND: tl.constexpr, FIRST: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr,
                     WIDTH: tl.constexpr):
+    """One tile of each half of DH [rows,2F]."""
     row, d, mask = _place(rows, F, ROWS, WIDTH)
     h = H + _offset(row, n1, n2, n3, h0, h1, h2, h3, DIMS)[:, None] + d
     a, b = tl.load(h, mask=mask, other=0.0).to(tl.float32), tl.load(h + F, mask=mask, other=0.0).to(tl.float32)

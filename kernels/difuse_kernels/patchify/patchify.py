@@ -21,8 +21,8 @@ from difuse_kernels.checks import apply, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
 _STEM = "difuse_kernels.patchify.patchify"
-PATCHIFY = Op("patchify", _STEM, "cpu", "triton")
-UNPATCHIFY = Op("unpatchify", _STEM, "cpu", "triton")
+PATCHIFY = Op("patchify", _STEM, "cpu", "cuda", "triton")
+UNPATCHIFY = Op("unpatchify", _STEM, "cpu", "cuda", "triton")
 
 _IMAGE_ORDERS = {"".join(letters): "".join(letters) for letters in permutations("cpq")}
 _VIDEO_ORDERS = {"".join(letters): "".join(letters) for letters in permutations("ctpq")}

@@ -127,8 +127,8 @@ def _plan(shape, strides, token_strides, patch, order, arch):
 def _launch(image, tokens, patch, order, to_image):
     if image.numel() == 0:
         return
-    grid, integers, constants, config = _plan(image.shape, image.stride(), tokens.stride(), patch, order,
-                                              architecture(image))
+    grid, integers, constants, config = _plan(image.shape, image.stride(), tokens.stride(), tuple(patch), order,
+                                              architecture(image))  # a compiled graph hands over lists
     launch(_move, grid, image, tokens, *integers, config=config, TO_IMAGE=to_image, **constants)
 
 

@@ -19,8 +19,8 @@ import torch
 from difuse_kernels.checks import apply, check_one_of, check_shape, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
-QK_NORM_ROPE = Op("qk_norm_rope", __name__, "cpu", "triton")
-QK_NORM_ROPE_JOINT = Op("qk_norm_rope_joint", __name__, "cpu", "triton")
+QK_NORM_ROPE = Op("qk_norm_rope", __name__, "cpu", "cuda", "triton")
+QK_NORM_ROPE_JOINT = Op("qk_norm_rope_joint", __name__, "cpu", "cuda", "triton")
 
 
 class Stream(NamedTuple):

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from difuse_kernels.checks import dense_last
+from difuse_kernels.library import like
 from difuse_kernels.qk_norm_rope import qk_norm_rope_triton_config as configs
 from difuse_kernels.triton_launch import architecture, launch, why_not_triton
 
@@ -292,10 +293,6 @@ def unsupported(_op, inputs):
                            for i, t in enumerate(inputs)])
 
 
-def _like(t):
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
-
-
 def _strides(rows, batches=()):
     """(ALIGN, strides divided by it): of samples, tokens and heads of `rows` [B,S,H,D], of samples of `batches`."""
     found = [stride for t in rows for stride in ((0, 0, 0) if t is None else t.stride()[:3])]
@@ -371,13 +368,13 @@ def qk_norm_rope_backward(grad_q, grad_k, q, k, q_weight, k_weight, q_bias, k_bi
     grads = [None if grad is None else dense_last(grad) for grad in (grad_q, grad_k)]
     if norm is None:  # turning back
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=False)]
-        dx = [None if grad is None else _like(grad) for grad in grads]
+        dx = [None if grad is None else like(grad) for grad in grads]
         if dx != [None, None]:
             _forward((*grads, None), (*dx, None), (None, None), (None, None), cos, sin, None, norm_scope, eps, rope,
                      True)
         return *dx, None, None, None, None
-    found = [_like(like) if needs[i] and grads[i % 2] is not None and like is not None else None
-             for i, like in enumerate((q, k, q_weight, k_weight, q_bias, k_bias))]
+    found = [like(t) if needs[i] and grads[i % 2] is not None and t is not None else None
+             for i, t in enumerate((q, k, q_weight, k_weight, q_bias, k_bias))]
     lengths, B, constants = _shape(q, k, cos, norm_scope, rope)
     if not constants["P"]:
         cos = sin = None

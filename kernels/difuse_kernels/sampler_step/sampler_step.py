@@ -20,7 +20,7 @@ import torch
 from difuse_kernels.checks import FLOATS, apply, check_same_device, check_tensor, needs_grad
 from difuse_kernels.dispatch import Op
 
-SAMPLER_STEP = Op("sampler_step", "difuse_kernels.sampler_step.sampler_step", "cpu", "triton")
+SAMPLER_STEP = Op("sampler_step", "difuse_kernels.sampler_step.sampler_step", "cpu", "cuda", "triton")
 _MAX_INPUTS, _MAX_OUTPUTS = 8, 4
 
 

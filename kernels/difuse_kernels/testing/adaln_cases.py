@@ -25,6 +25,12 @@ def _norm_affine(norm, mean=0.0):
     return build
 
 
+def _norm_many_samples(make):
+    B, S, D = 19, 2, 24
+    return (make("x", B, S, D), make("scale", B, D), make("shift", B, D)), dict(
+        weight=make("weight", D, batched=False), bias=make("bias", D, batched=False))
+
+
 def _norm_per_token(make):
     B, S, D = 2, 9, 20
     scale, shift = make("modulation", B, S, 2 * D, scale=0.5).chunk(2, dim=2)
@@ -112,6 +118,12 @@ def _fused_mixed(make):
             make("scale", B, D), make("shift", B, D)), {}
 
 
+def _fused_unaligned(make):
+    B, S, D = 2, 5, 48  # whole vectors at addresses that are no multiples of 16 bytes
+    scale = make("scale", B, 2 * D)[:, 1:D + 1]
+    return (make("x", B, S, D + 3)[..., 3:], make("y", B, S, D), make("gate", B, D), scale, make("shift", B, D)), {}
+
+
 def _fused_strided(make):
     B, S, D = 2, 12, 28
     joint = make("joint", B, S, 2 * D)
@@ -143,6 +155,10 @@ NORM_MODULATE = _cases("norm_modulate", [
     _row("strided", _norm_strided, "joint buffer, expanded modulation", grad="transposed"),
     _row("expanded_x", _norm_expanded_x, "stride 0 over the tokens of x", grad="expanded"),
     _row("mixed_dtypes", _norm_mixed_dtypes, "activation, scale and parameters in different dtypes"),
+    _row("wide", _norm(2, 3, 2568), "several warps to a row; in float32 no block holds it in the backward pass"),
+    _row("odd_wide", _norm(2, 3, 1301), "no whole vectors, several blocks and warps to a row"),
+    _row("many_samples", _norm_many_samples, "more samples than are added side by side"),
+    _row("unaligned_rows", lambda make: ((make("x", 2, 5, 51)[..., :48],), {}), "only the first row is aligned"),
     _row("plain", lambda make: ((make("x", 2, 5, 24),), {}), "no modulation at all"),
     *[_row(f"speed_{B}x{S}x{D}", _norm(B, S, D), why, speed=True) for (B, S, D), why in _SPEED],
 ])
@@ -153,6 +169,7 @@ GATE_RESIDUAL = _cases("gate_residual", [
     _row("per_token", _gate_per_token, "one gate row per token", grad="expanded"),
     _row("strided", _gate_strided, "slices of a joint buffer", grad="transposed"),
     _row("mixed", _gate_mixed, "float32 residual stream, narrower branch"),
+    _row("wide", _gate(2, 3, 1928), "several warps to a row, several blocks in the backward pass"),
     _row("no_gate", lambda make: ((make("x", 2, 9, 24), make("y", 2, 9, 24)), {}), "a plain residual"),
     *[_row(f"speed_{B}x{S}x{D}", _gate(B, S, D), why, speed=True) for (B, S, D), why in _SPEED],
 ])
@@ -167,6 +184,8 @@ GATE_RESIDUAL_NORM_MODULATE = _cases("gate_residual_norm_modulate", [
     _row("per_token", _fused_per_token, "all three per token"),
     _row("mixed", _fused_mixed, "float32 residual stream, narrower branch and modulation"),
     _row("strided", _fused_strided, "joint buffers, no shift"),
+    _row("unaligned", _fused_unaligned, "rows that 16-byte accesses must not touch"),
+    _row("dit_xl", _fused(2, 5, 1152), "the widest row that one warp holds"),
     *[_row(f"speed_{B}x{S}x{D}", _fused(B, S, D), why, speed=True) for (B, S, D), why in _SPEED],
 ])
 CASES = [*NORM_MODULATE, *GATE_RESIDUAL, *GATE_RESIDUAL_NORM_MODULATE]

@@ -54,9 +54,9 @@ def attention(q, k, v, *, scale=None, kv_lengths=None, key_bias=None):
     return out.transpose(1, 2).contiguous()
 
 
-def attention_packed(qkv, **options):
+def attention_packed(qkv, *, scale=None, kv_lengths=None, key_bias=None):
     """The same on the three views of one projection."""
-    return attention(*qkv.unbind(2), **options)
+    return attention(*qkv.unbind(2), scale=scale, kv_lengths=kv_lengths, key_bias=key_bias)
 
 
 def sampler_step(inputs, coefficients, *, noise=None, out_dtypes=None):
@@ -109,10 +109,13 @@ def qk_norm_rope(q, k, *, q_weight=None, k_weight=None, q_bias=None, k_bias=None
     return q, k
 
 
-def qk_norm_rope_joint(streams, **options):
+def qk_norm_rope_joint(streams, *, norm="rms", norm_scope="head", eps=1e-6, rope="interleaved"):
     """Stream by stream, then torch.cat."""
-    parts = [(*qk_norm_rope(s.q, s.k, **{name: getattr(s, name) for name in s._fields[3:]}, **options), s.v)
-             for s in streams]
+    parts = []
+    for stream in streams:
+        q, k, v, *_ = stream
+        parameters = {name: getattr(stream, name) for name in stream._fields[3:]}
+        parts.append((*qk_norm_rope(q, k, **parameters, norm=norm, norm_scope=norm_scope, eps=eps, rope=rope), v))
     return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import difuse_kernels
+from difuse_kernels import native_cuda
 from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Maker, outgoing
 from difuse_kernels.testing.eager import EAGER
@@ -108,5 +109,6 @@ def backends_here(op):
 
 
 def device_of(backend):
-    """Where `backend` is tested: kernels for GPUs on the GPU, or interpreted on CPU tensors."""
-    return "cuda" if backend in ("triton", "cuda") and not INTERPRETED else "cpu"
+    """Where `backend` is tested: kernels for GPUs on the GPU, or interpreted or emulated on CPU tensors."""
+    on_gpu = {"triton": not INTERPRETED, "cuda": native_cuda.ext is not None and not native_cuda.ext.emulated}
+    return "cuda" if on_gpu.get(backend) else "cpu"

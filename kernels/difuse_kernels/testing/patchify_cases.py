@@ -51,6 +51,8 @@ PATCHIFY = _rows("patchify", [
     ("channel_slice", _channel_slice, "foreign strides of batch and channel", "dense"),
     ("every_stride", _every_stride, "slices in frames, rows and columns", "transposed"),
     ("expanded", _expanded, "stride 0 over the channels", "expanded"),
+    ("vectors", _image("cpq", (2, 2), 2, 4, 4, 32), "16 bytes at a time on both sides", "dense"),
+    ("groups", _image("cpq", (1, 2), 2, 3, 3, 32), "several tokens in 16 bytes", "dense"),
     ("no_samples", _image("cpq", (2, 2), 0, 3, 4, 4), "zero samples", "dense"),
     ("no_tokens", _image("cpq", (2, 2), 2, 3, 0, 4), "zero tokens", "dense"),
     ("no_width", _image("pqc", (2, 2), 2, 3, 4, 0), "zero columns", "dense"),

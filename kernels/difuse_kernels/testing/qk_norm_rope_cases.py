@@ -58,10 +58,13 @@ def _partial(rope, P=6):
     return build
 
 
-def _ltx(make):
-    B, S, H, D = 2, 5, 4, 16
-    return _apart(make, B, S, H, D), dict(
-        norm_scope="full", eps=1e-5, **_weights(make, H * D), **_tables(make, B, S, H, D // 2))
+def _ltx(scope):
+    def build(make):
+        B, S, H, D = 2, 5, 4, 16
+        return _apart(make, B, S, H, D), dict(
+            norm_scope=scope, eps=1e-5, **_weights(make, H * D if scope == "full" else D),
+            **_tables(make, B, S, H, D // 2))
+    return build
 
 
 def _wan(make):
@@ -116,6 +119,20 @@ def _strided(make):
     k = make("k", B, H, S, D).transpose(1, 2)
     q = make("q", B, H, 2 * S, 2 * D)[:, :, ::2, D:].transpose(1, 2)
     return (q, k), _weights(make, D) | _tables(make, S, 8, twice=True)
+
+
+def _unaligned(make):
+    B, S, H, D = 2, 5, 3, 24
+    k, q = (make(name, B, S, H, D + 1)[..., 1:] for name in "kq")
+    return (q, k), _weights(make, D) | _tables(make, B, S, H, D // 2)
+
+
+def _whole_vectors(make):  # a rest after halves, both whole vectors; weights that begin anywhere
+    B, S, H, D = 2, 3, 5, 48
+    heads = _apart(make, B, S, H, D, 4)
+    weights = _weights(make, D + 3, ("q_weight", "k_weight", "q_bias", "k_bias"))
+    return heads, dict(norm="layer", rope="half", **{name: t[3:] for name, t in weights.items()},
+                       **_tables(make, S, 8))
 
 
 def _expanded(make):
@@ -179,7 +196,8 @@ CASES = [
     _row("partial", _partial("interleaved"), "the rest of the head stays; tables per sample"),
     _row("partial_half", _partial("half"), "the same in halves: the rest is a tail of its own"),
     _row("partial_odd", _partial("half", 9), "an odd number of pairs"),
-    _row("ltx", _ltx, "norm over the whole token, angles of every head's own", grad="transposed"),
+    _row("ltx", _ltx("full"), "norm over the whole token, angles of every head's own", grad="transposed"),
+    _row("angles_per_head", _ltx("head"), "angles of every head's own, norm over the head"),
     _row("wan", _wan, "norm over the whole token, heads that are no power of two"),
     _row("full_grouped", _full_grouped, "rows of q and k differ in width; LayerNorm over whole tokens"),
     _row("hunyuan", _hunyuan(), "LayerNorm with bias, masked tail", grad="expanded"),
@@ -190,6 +208,8 @@ CASES = [
     _row("odd", _odd, "odd head dimension below a vector, weights of q alone", grad="transposed"),
     _row("lengths", _lengths, "more keys than queries"),
     _row("strided", _strided, "heads before tokens in memory, every stride foreign", grad="transposed"),
+    _row("unaligned", _unaligned, "no row begins at 16 bytes; angles of every head's own", grad="transposed"),
+    _row("whole_vectors", _whole_vectors, "partial halves of whole vectors; weights that are slices"),
     _row("expanded", _expanded, "stride 0 over heads and over tokens", grad="expanded"),
     _row("no_tokens", _no_tokens, "zero rows: weights still get their zeros"),
     _row("plain", lambda make: (_apart(make, 2, 4, 2, 12), {}), "no weights, no angles"),

@@ -64,6 +64,14 @@ def _noise_strided(make):
         "noise": _seeds(make, 2).t().contiguous().t()}
 
 
+def _wide(make):
+    xs = [make("x0", 2, 4, 20, 8, dtype=torch.float32), make("x1", 2, 4, 20, 8),
+          make("x2", 2, 6, 20, 8, dtype=torch.float16)[:, 2:], make("x3", 2, 4, 20, 8, dtype=torch.bfloat16),
+          make("x4", 2, 4, 20, 8)]
+    return (xs, make.constant(coefficients(2, 2, 6))), {"noise": _seeds(make, 2),
+                                                        "out_dtypes": (torch.bfloat16, torch.float32)}
+
+
 CASES = [Case("sampler_step", name, build, why, grad=grad) for name, build, why, grad in [
     ("ddim_cfg", _guided(3, 4, 8, 8), "x and two channel slices, coefficients shared", "dense"),
     ("ddim_cfg_per_sample", _guided(3, 4, 7, 9, per_sample=True), "one guidance scale per sample", "transposed"),
@@ -79,6 +87,7 @@ CASES = [Case("sampler_step", name, build, why, grad=grad) for name, build, why,
     ("coefficient_slice", _coefficient_slice, "coefficients with foreign strides", "dense"),
     ("noise", _noise, "ancestral step, noise in the kernel, a group of four across the end", "dense"),
     ("noise_strided", _noise_strided, "noise counts elements of the result, not of the inputs", "expanded"),
+    ("wide", _wide, "16-byte accesses in mixed dtypes, noise, two blocks of a sample", "dense"),
     ("no_samples", _dense(2, 1, 0, 4), "zero samples", "dense"),
     ("gradcheck", _dense(3, 2, 2, 3, 2, per_sample=True), "small", "dense"),
 ]] + [
