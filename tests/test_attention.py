@@ -13,7 +13,8 @@ from difuse_kernels.testing.numerics import backends_here
 
 BACKENDS = backends_here("attention")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
-needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
+needs_interpreter = pytest.mark.skipif("triton" not in BACKENDS or not triton_launch.INTERPRETED,
+                                       reason="hands CPU tensors to triton")
 needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason="the native module is not built")
 
 
@@ -98,7 +99,7 @@ def test_lengths_that_cannot_be_read_are_clamped(backend):
     assert all((g[1] == 0).all() and torch.isfinite(g).all() for g in grads[:3])
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("change, reason", [
     (dict(D=20), "not a multiple of 8"), (dict(D=264), "up to 256"), (dict(dtype=torch.float64), "float64")])
 def test_triton_refuses(change, reason):
@@ -106,7 +107,7 @@ def test_triton_refuses(change, reason):
         attention(*inputs(**change), backend="triton")
 
 
-@needs_triton
+@needs_interpreter
 def test_triton_refuses_a_strided_last_dimension_and_foreign_devices(monkeypatch):
     q, k, v = inputs(D=48)
     with pytest.raises(RuntimeError, match="the last dimension of input 1 is strided"):
@@ -119,7 +120,7 @@ def test_triton_refuses_a_strided_last_dimension_and_foreign_devices(monkeypatch
     assert unsupported("attention", (q, k, v, None, None)) == "input 0 is on cpu"
 
 
-@needs_triton
+@needs_interpreter
 def test_triton_takes_strides_of_any_size(monkeypatch):
     """Offsets inside a block leave 32 bits from some stride on: the same results in 64."""
     qkv = draw(2, 35, 3, 2, 24, grad=True)

@@ -10,7 +10,7 @@ from difuse_kernels import explain, explain_reset, library, use_backend
 from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Maker
 from difuse_kernels.testing.cases import cases
-from difuse_kernels.testing.numerics import backends_here, run
+from difuse_kernels.testing.numerics import backends_here, device_of, run
 
 pytestmark = pytest.mark.skipif("cpu" not in backends_here("norm_modulate"), reason="the native module is not built")
 every_case = pytest.mark.parametrize("case", cases(), ids=str)
@@ -77,13 +77,13 @@ def test_opcheck(case, monkeypatch):
     assert set(opcheck(op, arguments).values()) == {"SUCCESS"}
 
 
-@each_op
-def test_compiled_in_one_graph_and_equal(name):
+@pytest.mark.parametrize("name, backend", [(name, b) for name in OPS for b in backends_here(name) if b != "reference"])
+def test_compiled_in_one_graph_and_equal(name, backend):
     torch._dynamo.reset()
-    op, case = getattr(difuse_kernels, name), cases(name)[0]
-    outputs, grads = run(op, case, torch.float32, backend="cpu")
+    op, case, device = getattr(difuse_kernels, name), cases(name)[0], device_of(backend)
+    outputs, grads = run(op, case, torch.float32, device=device, backend=backend)
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    found, found_grads = run(compiled, case, torch.float32, backend="cpu")
+    found, found_grads = run(compiled, case, torch.float32, device=device, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(outputs, found, strict=True))
     assert set(grads) == set(found_grads) and all(torch.equal(grads[name], found_grads[name]) for name in grads)
 

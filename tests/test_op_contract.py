@@ -1,11 +1,12 @@
 """Every op x available backend x named case against the five numerics promises (difuse_kernels/testing/numerics.py)."""
+import os
 from contextlib import nullcontext
 
 import pytest
 import torch
 
 import difuse_kernels
-from difuse_kernels import triton_launch
+from difuse_kernels import native_cuda, triton_launch
 from difuse_kernels.testing.case import Maker
 from difuse_kernels.testing.cases import cases
 from difuse_kernels.testing.interpreter import programs_backwards
@@ -74,6 +75,12 @@ def test_bit_determinism(case, backend, dtype):
         with programs_backwards():
             same_again()
         return
+    if backend == "cuda" and native_cuda.ext.emulated:  # so do blocks, and threads as far as they wait for each other
+        native_cuda.ext.reverse(True)
+        try:
+            same_again()
+        finally:
+            native_cuda.ext.reverse(os.environ.get("DIFUSE_EMULATED_REVERSE") == "1")
     threads = torch.get_num_threads()
     try:
         for count in (threads, 1, 3):  # the same bits again, and on any number of threads

@@ -98,6 +98,43 @@ def test_widths_and_channels(C, q, backend):
                 assert torch.equal(unpatchify(wide, (2, q), (2, cells), order=order, backend=backend), x)
 
 
+LARGE = {  # each of several blocks' work on a GPU, for one row of patches
+    "across": ((2, 2), "cpq", (32, 2, 144)),
+    "channels_in_runs": ((2, 2), "pqc", (136, 2, 32)),
+    "channels": ((2, 2), "cqp", (140, 2, 24)),
+    "odd_channels": ((2, 2), "qcp", (141, 2, 22)),
+    "patch": ((1, 8200), "cpq", (3, 2, 16400)),
+    "patch_in_runs": ((2, 8200), "qpc", (3, 2, 16400)),
+    "video_patch": ((2, 1, 8200), "ctpq", (3, 4, 2, 8200)),
+}
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # slow, and has none of these
+@pytest.mark.parametrize("case", LARGE)
+def test_large_rows_of_patches(case, backend):
+    patch, order, shape = LARGE[case]
+    grid = tuple(size // p for size, p in zip(shape[1:], patch, strict=True))
+    for dtype in (torch.float32, torch.float16):
+        x = draw(2, *shape, dtype=dtype)
+        tokens = patchify(x, patch, order=order, backend=backend)
+        assert torch.equal(tokens, patchify(x, patch, order=order, backend="reference"))
+        assert torch.equal(unpatchify(tokens, patch, grid, order=order, backend=backend), x)
+
+
+@every_backend
+@pytest.mark.parametrize("start, strides", [(1, (96, 32, 16, 1)), (0, (100, 32, 16, 1)), (0, (99, 33, 16, 1)),
+                                            (0, (102, 34, 17, 1))])
+def test_lines_of_whole_vectors_that_start_anywhere(start, strides, backend):
+    """Sizes that suit 16-byte accesses, addresses that do not."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = draw(400, dtype=dtype).as_strided((2, 3, 2, 16), strides, start)
+        tokens = patchify(x, 2, backend=backend)
+        assert torch.equal(tokens, patchify(x, 2, backend="reference"))
+        tokens = draw(400, dtype=dtype).as_strided((2, 6, 16), (strides[0], strides[2], 1), start)
+        image = unpatchify(tokens, 2, (3, 2), backend=backend)
+        assert torch.equal(image, unpatchify(tokens, 2, (3, 2), backend="reference"))
+
+
 @every_backend
 def test_short_orders_put_t_before_the_patch(backend):
     video = draw(2, 3, 4, 6, 4)

@@ -3,25 +3,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from difuse_kernels import Stream, native, qk_norm_rope, qk_norm_rope_joint, triton_launch
+from difuse_kernels import Stream, native, qk_norm_rope, qk_norm_rope_joint
+from difuse_kernels.testing.numerics import backends_here, device_of
 from difuse_kernels.triton_launch import INTERPRETED
 
-BACKENDS = ["reference"] + ["cpu"] * (native.missing() is None) + [
-    "triton"] * (INTERPRETED and triton_launch.missing() is None)
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_backend = pytest.mark.parametrize("backend", backends_here("qk_norm_rope"))
 
 
-def draw(*shape, seed=0, **options):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), **options)
+def draw(*shape, seed=0, on="reference"):
+    """Random normal, on the device where the backend `on` is tested."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device_of(on))
 
 
-def tables(*shape, seed=9):
-    angles = 3 * draw(*shape, seed=seed)
+def tables(*shape, seed=9, on="reference"):
+    angles = 3 * draw(*shape, seed=seed, on=on)
     return angles.cos(), angles.sin()
 
 
-def packed(B, S, H, D, seed=0):
-    return draw(B, S, 3, H, D, seed=seed).unbind(2)
+def packed(B, S, H, D, seed=0, on="reference"):
+    return draw(B, S, 3, H, D, seed=seed, on=on).unbind(2)
 
 
 def close(ours, expected):
@@ -30,9 +30,9 @@ def close(ours, expected):
 
 @each_backend
 def test_interleaved_is_multiplication_by_complex_numbers(backend):
-    q, k, _ = packed(2, 5, 3, 16)
-    weight = draw(16, seed=3)
-    cos, sin = tables(5, 8)
+    q, k, _ = packed(2, 5, 3, 16, on=backend)
+    weight = draw(16, seed=3, on=backend)
+    cos, sin = tables(5, 8, on=backend)
     turn = torch.complex(cos, sin)[None, :, None]
 
     def expected(x):
@@ -47,8 +47,8 @@ def test_interleaved_is_multiplication_by_complex_numbers(backend):
 @pytest.mark.parametrize("rope", ["interleaved", "half"])
 def test_tables_that_hold_every_angle_twice(rope, backend):
     """apply_rotary_emb as diffusers and transformers write it, over tables of the whole head's width."""
-    q, k, _ = packed(2, 5, 3, 16)
-    angles = 3 * draw(5, 8, seed=4)
+    q, k, _ = packed(2, 5, 3, 16, on=backend)
+    angles = 3 * draw(5, 8, seed=4, on=backend)
     wide = angles.repeat_interleave(2, 1) if rope == "interleaved" else torch.cat([angles, angles], 1)
     cos, sin = wide.cos(), wide.sin()
 
@@ -67,8 +67,9 @@ def test_tables_that_hold_every_angle_twice(rope, backend):
 
 @each_backend
 def test_full_scope_and_layer_norm_by_torch(backend):
-    q, k = draw(2, 5, 3, 16), draw(2, 5, 2, 16, seed=1)
-    weights = dict(q_weight=draw(48, seed=2), q_bias=draw(48, seed=3), k_weight=draw(32, seed=4))
+    q, k = draw(2, 5, 3, 16, on=backend), draw(2, 5, 2, 16, seed=1, on=backend)
+    weights = dict(q_weight=draw(48, seed=2, on=backend), q_bias=draw(48, seed=3, on=backend),
+                   k_weight=draw(32, seed=4, on=backend))
     ours = qk_norm_rope(q, k, norm="layer", norm_scope="full", eps=1e-5, **weights, backend=backend)
     close(ours, (F.layer_norm(q.flatten(2), (48,), weights["q_weight"], weights["q_bias"], 1e-5).view_as(q),
                  F.layer_norm(k.flatten(2), (32,), weights["k_weight"], None, 1e-5).view_as(k)))
@@ -78,8 +79,8 @@ def test_full_scope_and_layer_norm_by_torch(backend):
 @pytest.mark.parametrize("rope", ["interleaved", "half"])
 @pytest.mark.parametrize("P", [8, 5])
 def test_turning_back(rope, P, backend):
-    q, k, _ = packed(2, 9, 3, 16)
-    cos, sin = tables(2, 9, 3, P)
+    q, k, _ = packed(2, 9, 3, 16, on=backend)
+    cos, sin = tables(2, 9, 3, P, on=backend)
     there = qk_norm_rope(q, k, cos=cos, sin=sin, norm=None, rope=rope, backend=backend)
     close(qk_norm_rope(*there, cos=cos, sin=-sin, norm=None, rope=rope, backend=backend), (q, k))
     assert torch.equal(there[0][..., 2 * P :], q[..., 2 * P :])  # what does not turn is not touched
@@ -87,8 +88,8 @@ def test_turning_back(rope, P, backend):
 
 @each_backend
 def test_identity_rows_leave_the_norm_alone(backend):
-    q, k, _ = packed(2, 9, 3, 16)
-    cos, sin = tables(9, 8)
+    q, k, _ = packed(2, 9, 3, 16, on=backend)
+    cos, sin = tables(9, 8, on=backend)
     cos[:4], sin[:4] = 1, 0
     turned, plain = (qk_norm_rope(q, k, **angles, backend=backend) for angles in (dict(cos=cos, sin=sin), {}))
     assert all(torch.equal(a[:, :4], b[:, :4]) and not torch.equal(a, b) for a, b in zip(turned, plain, strict=True))
@@ -99,12 +100,12 @@ def test_without_keys(backend):
     """q' and its gradients have the same bits with k and without."""
     found = []
     for with_key in (True, False):
-        q, weight = draw(2, 9, 3, 16).requires_grad_(), draw(48, seed=2).requires_grad_()
-        k = draw(2, 9, 3, 16, seed=1).requires_grad_() if with_key else None
-        cos, sin = tables(9, 8)
+        q, weight = draw(2, 9, 3, 16, on=backend).requires_grad_(), draw(48, seed=2, on=backend).requires_grad_()
+        k = draw(2, 9, 3, 16, seed=1, on=backend).requires_grad_() if with_key else None
+        cos, sin = tables(9, 8, on=backend)
         out, k_out = qk_norm_rope(q, k, q_weight=weight, cos=cos, sin=sin, norm_scope="full", backend=backend)
         assert (k_out is None) == (k is None)
-        grad = draw(2, 9, 3, 16, seed=5)
+        grad = draw(2, 9, 3, 16, seed=5, on=backend)
         results, grads = ((out, k_out), (grad, grad)) if with_key else ((out,), (grad,))
         found.append([out.detach(), *torch.autograd.grad(results, (q, weight), grads)])
     assert all(map(torch.equal, *found))
@@ -113,7 +114,7 @@ def test_without_keys(backend):
 @each_backend
 @pytest.mark.parametrize("norm", ["rms", None])
 def test_loss_through_one_output_only(norm, backend):
-    q, k = draw(2, 5, 3, 8).requires_grad_(), draw(2, 7, 1, 8, seed=1).requires_grad_()
+    q, k = draw(2, 5, 3, 8, on=backend).requires_grad_(), draw(2, 7, 1, 8, seed=1, on=backend).requires_grad_()
     q_out, k_out = qk_norm_rope(q, k, norm=norm, backend=backend)
     unused, used = torch.autograd.grad(k_out.square().sum(), (q, k), retain_graph=True, allow_unused=True)
     assert unused is None and used.any()
@@ -121,18 +122,18 @@ def test_loss_through_one_output_only(norm, backend):
     assert unused is None and used.any()
 
 
-def streams(text_first=True):
-    q, k, v = packed(2, 4, 3, 16)
-    text = Stream(q, k, v, draw(16, seed=5), draw(16, seed=6))
-    q, k, v = packed(2, 9, 3, 16, seed=1)
-    image = Stream(q, k, v, draw(16, seed=7), None, cos=tables(9, 8)[0], sin=tables(9, 8)[1])
+def streams(text_first=True, on="reference"):
+    q, k, v = packed(2, 4, 3, 16, on=on)
+    text = Stream(q, k, v, draw(16, seed=5, on=on), draw(16, seed=6, on=on))
+    q, k, v = packed(2, 9, 3, 16, seed=1, on=on)
+    image = Stream(q, k, v, draw(16, seed=7, on=on), None, cos=tables(9, 8, on=on)[0], sin=tables(9, 8, on=on)[1])
     return [text, image] if text_first else [image, text]
 
 
 @each_backend
 @pytest.mark.parametrize("text_first", [True, False])
 def test_joint_is_the_concatenation(text_first, backend):
-    parts = streams(text_first)
+    parts = streams(text_first, on=backend)
     ours = qk_norm_rope_joint(parts, backend=backend)
     apart = [(*qk_norm_rope(*s[:2], **dict(zip(Stream._fields[3:], s[3:], strict=True)), backend=backend), s.v)
              for s in parts]
@@ -145,7 +146,7 @@ def test_joint_gradients_are_those_of_the_concatenation(backend):
     found = []
     for joint in (True, False):
         parts = [Stream(*(t.clone().requires_grad_() if t is not None and i < 7 else t for i, t in enumerate(s)))
-                 for s in streams()]
+                 for s in streams(on=backend)]
         if joint:
             outputs = qk_norm_rope_joint(parts, backend=backend)
         else:
@@ -153,13 +154,14 @@ def test_joint_gradients_are_those_of_the_concatenation(backend):
                      for s in parts]
             outputs = [torch.cat(pieces, 1) for pieces in zip(*apart, strict=True)]
         leaves = [t for s in parts for t in s[:7] if t is not None]
-        found.append(torch.autograd.grad(outputs, leaves, [draw(2, 13, 3, 16, seed=20 + i) for i in range(3)]))
+        incoming = [draw(2, 13, 3, 16, seed=20 + i, on=backend) for i in range(3)]
+        found.append(torch.autograd.grad(outputs, leaves, incoming))
     assert all(map(torch.equal, *found))
 
 
 @each_backend
 def test_one_stream_and_the_inputs_are_left_alone(backend):
-    parts = streams()[1:]
+    parts = streams(on=backend)[1:]
     before = [t.clone() for t in parts[0] if t is not None]
     q, k, v = qk_norm_rope_joint(parts, backend=backend)
     assert torch.equal(v, parts[0].v) and v.data_ptr() != parts[0].v.data_ptr()
@@ -241,6 +243,21 @@ def test_torch_func_transforms_run_on_the_reference():
         torch.testing.assert_close(gradient, torch.autograd.grad(loss(leaf, other), leaf)[0])
 
 
+@pytest.mark.parametrize("backend", [b for b in backends_here("qk_norm_rope") if b != "triton" or not INTERPRETED])
+@pytest.mark.parametrize("shape, scope", [((1, 171, 13, 256), "head"), ((1, 150, 2, 16), "full")])
+def test_many_tokens(shape, scope, backend):
+    """Many blocks of GPU kernels, which begin amid the heads of a token, and take several steps through a chunk."""
+    row = shape[3] if scope == "head" else shape[2] * shape[3]
+    found = []
+    for dtype, chosen in ((torch.float32, backend), (torch.float64, "reference")):
+        q, weight, bias, grad = (draw(*sizes, seed=seed, on=backend).to(dtype).requires_grad_()
+                                 for seed, sizes in enumerate((shape, (row,), (row,), shape)))
+        out, _ = qk_norm_rope(q, None, q_weight=weight, q_bias=bias, norm="layer", norm_scope=scope, backend=chosen)
+        found.append((out, *torch.autograd.grad(out, (q, weight, bias), grad.detach())))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 @each_backend
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("scope", ["head", "full"])
@@ -248,8 +265,9 @@ def test_without_eps_padding_stays_out_of_the_weights(norm, scope, backend):
     """Three tokens fill no block: the rows beyond have a variance of 0."""
     grads = []
     for chosen in (backend, "reference"):
-        q, weight = draw(1, 3, 3, 8).requires_grad_(), draw(8 if scope == "head" else 24, seed=2).requires_grad_()
+        q = draw(1, 3, 3, 8, on=backend).requires_grad_()
+        weight = draw(8 if scope == "head" else 24, seed=2, on=backend).requires_grad_()
         out, _ = qk_norm_rope(q, None, q_weight=weight, norm=norm, norm_scope=scope, eps=0.0, backend=chosen)
-        grads.append(torch.autograd.grad(out, (q, weight), draw(1, 3, 3, 8, seed=5)))
+        grads.append(torch.autograd.grad(out, (q, weight), draw(1, 3, 3, 8, seed=5, on=backend)))
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
