@@ -16,6 +16,7 @@ _EXPORTS = {  # public name -> module that holds it
     "explain": "difuse_kernels",
     "explain_reset": "difuse_kernels",
     "sample": "difuse.inference.sample",
+    "Graphs": "difuse.inference.graphs",
     "Trainer": "difuse.training",
     "TrainConfig": "difuse.training",
 }

@@ -41,6 +41,7 @@ def examine():
     yield from _openmp()
     yield from _cpu_flags()
     yield _cuda(torch)
+    yield _cuda_kernels()
     yield _triton()
     yield _compiler()
     for package, purpose in OPTIONAL.items():
@@ -96,6 +97,16 @@ def _cuda(torch):
     if not torch.cuda.is_available():
         return "no", f"CUDA: torch is built for {torch.version.cuda}, but no usable GPU or driver; see nvidia-smi"
     return "ok", f"CUDA: {torch.version.cuda}, {torch.cuda.get_device_name()}"
+
+
+def _cuda_kernels():
+    from difuse_kernels import native_cuda
+
+    reason = native_cuda.missing()
+    built = "" if native_cuda.ext is None else f" (built in: {', '.join(native_cuda.ext.architectures())})"
+    if reason:
+        return "no", f"CUDA C++ kernels{built}: {reason}"
+    return "ok", f"CUDA C++ kernels{built}{': emulated, slowly, on CPU tensors' if native_cuda.ext.emulated else ''}"
 
 
 def _triton():

@@ -37,11 +37,14 @@ class GuidedModel:
                              "sample of noise")
         return labels
 
-    def __call__(self, x, t):
-        """x [B,C,...], t [] -> one output per weight, views [B,C,...]. Channels past C, a learned sigma, stay out."""
+    def __call__(self, x, t, labels):
+        """x [B,C,...], t [], labels as in `self.labels` -> one output per weight, views [B,C,...].
+
+        Channels past C, a learned sigma, stay out.
+        """
         rows = x if len(self.weights) == 1 else torch.cat((x, x))  # [B or 2B,C,...]
         t = t.expand(len(rows))
-        out = self.model(rows, t) if self.labels is None else self.model(rows, t, self.labels)
+        out = self.model(rows, t) if labels is None else self.model(rows, t, labels)
         expected = [(len(rows), channels, *x.shape[2:]) for channels in (self.channels, 2 * self.channels)]
         if tuple(out.shape) not in expected:
             raise ValueError(f"{self.sampler}: the model returned shape {tuple(out.shape)}; expected {expected[0]}, or "

@@ -1,6 +1,7 @@
 """From noise to images. One function per method, one signature for all:
 
-    sampler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None)
+    sampler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None,
+            graphs=None)
 
 model       called as model(x [B,C,H,W], t [B], labels [B]), or model(x, t) without labels; returns the prediction
             [B,C,H,W], or [B,2C,H,W] with a learned sigma, which the samplers do not use
@@ -12,6 +13,7 @@ guidance    classifier-free guidance w; needs labels and `model.num_classes`, th
 generators  one torch.Generator per sample, for the noise of stochastic samplers: an image does not depend on its
             batch mates. No number is drawn where its coefficient is zero.
 callback    callback(step, x) after each step, step counting from 0
+graphs      difuse.Graphs: steps are recorded as CUDA graphs and replayed. The same images, less work for the host
 Returns x0 [B,C,H,W] float32. Raises ValueError or TypeError before the model is called for what does not fit.
 
 In every method the next state is linear in the state, the model's output and fresh noise. Each function writes that
@@ -29,7 +31,8 @@ X_T = torch.tensor([[1.0], [0.0]], dtype=torch.float64)  # the state itself, as 
 
 
 @torch.no_grad()
-def ddpm(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None):
+def ddpm(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None,
+         graphs=None):
     """Ancestral sampling from q(x_s | x_t, x0), Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7, on VP.
 
     The variance is the posterior's, beta-tilde ("fixed small"); fewer steps than process.num_steps respace the chain
@@ -42,12 +45,12 @@ def ddpm(model, noise, *, process, steps, prediction, labels=None, guidance=1.0,
     mean = (alpha_ts * sigma_s**2 * X_T + alpha_s * beta * x0) / sigma**2
     beta_tilde = beta * sigma_s**2 / sigma**2
     return _integrate("ddpm", model, noise, process.model_time(t), mean, beta_tilde.sqrt(), labels, guidance,
-                      generators, callback)
+                      generators, callback, graphs)
 
 
 @torch.no_grad()
 def ddim(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, eta=0.0, generators=None,
-         callback=None):
+         callback=None, graphs=None):
     """Song et al. 2021 (arXiv:2010.02502), equations 12 and 16, on VP, in any number of steps up to process.num_steps.
 
     The times are evenly spaced from the noisiest, num_steps - 1, down, the last of equal steps leading to the data.
@@ -61,11 +64,12 @@ def ddim(model, noise, *, process, steps, prediction, labels=None, guidance=1.0,
     sigma_eta = eta * sigma_s / sigma * (1 - (alpha / alpha_s) ** 2).sqrt()
     mean = alpha_s * x0 + (sigma_s**2 - sigma_eta**2).sqrt() * eps
     return _integrate("ddim", model, noise, process.model_time(t), mean, sigma_eta, labels, guidance, generators,
-                      callback)
+                      callback, graphs)
 
 
 @torch.no_grad()
-def flow_euler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None):
+def flow_euler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None,
+               graphs=None):
     """Euler's method on dx/dt = noise - x0 from t = 1 to t = 0 in equal steps, on Flow (arXiv:2209.03003).
 
     Deterministic: generators are not used. The arguments are the module's.
@@ -76,7 +80,7 @@ def flow_euler(model, noise, *, process, steps, prediction, labels=None, guidanc
     velocity = _predicted("flow", prediction, alpha[:-1], sigma[:-1])
     mean = X_T + (t[1:] - t[:-1]) * velocity
     return _integrate("flow_euler", model, noise, process.model_time(t[:-1]), mean, torch.zeros_like(t[1:]), labels,
-                      guidance, generators, callback)
+                      guidance, generators, callback, graphs)
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "flow_euler": flow_euler}
@@ -95,7 +99,10 @@ def initial_noise(shape, seeds, device="cpu"):
 
 
 def _draw(shape, generators, device):
-    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators]).to(device)  # [B,*shape]
+    z = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])  # [B,*shape]
+    if z.is_cpu and torch.device(device).type == "cuda":
+        return z.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait for the GPU
+    return z.to(device)
 
 
 def _check_steps(sampler, process, kind, steps):
@@ -119,7 +126,7 @@ def _predicted(target, prediction, alpha, sigma):
     return torch.stack(coefficients(prediction, target, alpha, sigma))  # [2,steps]
 
 
-def _integrate(sampler, model, noise, times, mean, std, labels, guidance, generators, callback):
+def _integrate(sampler, model, noise, times, mean, std, labels, guidance, generators, callback, graphs):
     """x' = mean[0] * x + mean[1] * (guided output) + std * z, from `noise` through all steps."""
     if not isinstance(noise, torch.Tensor) or noise.dtype != torch.float32:
         got = noise.dtype if isinstance(noise, torch.Tensor) else type(noise).__name__
@@ -133,12 +140,17 @@ def _integrate(sampler, model, noise, times, mean, std, labels, guidance, genera
     columns = [mean[0], *(weight * mean[1] for weight in predict.weights), std]
     table = torch.stack(columns, dim=1).to(noise.device, torch.float32)[:, None]  # [steps,1,J]
     times = times.to(noise.device)
+
+    def advance(x, t, coefficients, labels, z):
+        inputs = (x, *predict(x, t, labels)) + (() if z is None else (z,))
+        return sampler_step(inputs, coefficients[:, : len(inputs)], out_dtypes=(torch.float32,))[0]  # [B,C,H,W]
+
+    if graphs is not None:
+        advance = graphs.bind(advance, model, len(predict.weights))
     x = noise
     for step, noise_scale in enumerate(std.tolist()):
-        inputs = (x, *predict(x, times[step]))
-        if noise_scale > 0:
-            inputs += (_draw(x.shape[1:], generators, x.device),)
-        (x,) = sampler_step(inputs, table[step, :, : len(inputs)], out_dtypes=(torch.float32,))  # [B,C,H,W]
+        z = _draw(x.shape[1:], generators, x.device) if noise_scale > 0 else None
+        x = advance(x, times[step], table[step], predict.labels, z)
         if callback is not None:
-            callback(step, x)
-    return x
+            callback(step, x if graphs is None else x.clone())
+    return x if graphs is None else x.clone()

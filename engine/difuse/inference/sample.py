@@ -1,5 +1,6 @@
 """Class-conditional images from a trained model."""
 import sys
+from collections import deque
 
 import torch
 from tqdm import tqdm
@@ -9,14 +10,15 @@ from difuse.diffusion.samplers import SAMPLERS, initial_noise
 
 @torch.no_grad()
 def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guidance=1.5, seeds=None, batch_size=None,
-           progress=False, callback=None):
+           progress=False, callback=None, graphs=None):
     """One image per label: float32 [N,C,H,W] on the model's device.
 
     model: as `difuse.models.DiT`, with `config["in_channels"]`, `config["input_size"]` and `num_classes`; it runs in
     eval mode and goes back to the mode it was in. labels: int64 [N] or a list of ints. process, prediction: what it
     was trained with. sampler: "ddpm", "ddim" or "flow_euler". seeds: one integer per image (default 0, 1, 2, ...); an
     image depends on its seed and label, not on batch_size. progress shows a bar of model calls. callback(step, x) is
-    called after every step of every batch. Raises ValueError or TypeError for what does not fit.
+    called after every step of every batch. graphs: a `difuse.Graphs`, on a GPU, records each step once and replays it:
+    the same images, and the host is free meanwhile. Raises ValueError or TypeError for what does not fit.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sample: sampler {sampler!r} is unknown; expected one of {', '.join(SAMPLERS)}")
@@ -39,8 +41,10 @@ def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guid
         with tqdm(total=steps * len(batches), desc=sampler, unit="step", disable=not progress,
                   mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
 
+            done = _Done(bar)
+
             def after_step(step, x):
-                bar.update()
+                done.count(x)
                 if callback is not None:
                     callback(step, x)
 
@@ -49,7 +53,32 @@ def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guid
                 noise, generators = initial_noise(shape, seeds[batch], device)
                 images.append(SAMPLERS[sampler](
                     model, noise, process=process, steps=steps, prediction=prediction, labels=labels[batch],
-                    guidance=guidance, generators=generators, callback=after_step))
+                    guidance=guidance, generators=generators, callback=after_step if progress or callback else None,
+                    graphs=graphs))
+            done.wait()
     finally:
         model.train(was_training)
     return torch.cat(images)
+
+
+class _Done:
+    """Moves the bar by the steps that are done; on a GPU the host is ahead of them, and must not wait for each."""
+
+    def __init__(self, bar):
+        self.bar, self.events = bar, deque()
+
+    def count(self, x):
+        """One more step is under way, whose result is x."""
+        if not x.is_cuda:
+            self.bar.update()
+            return
+        self.events.append(torch.cuda.current_stream(x.device).record_event())
+        while self.events and self.events[0].query():
+            self.events.popleft()
+            self.bar.update()
+
+    def wait(self):
+        """Until the last step is done."""
+        for event in self.events:
+            event.synchronize()
+            self.bar.update()

@@ -1,0 +1,113 @@
+"""CUDA graphs: one sampling step recorded once per shape and replayed, so that a step costs the host a few launches.
+
+    graphs = difuse.Graphs()
+    images = difuse.sample(model, labels, ..., graphs=graphs)  # the first of a shape records, later ones replay
+
+A graph holds addresses. Everything that changes between replays, the state, the time, the coefficients, the labels and
+drawn noise, is copied into buffers that stay where they are; the model's weights are read where they lie, so training
+them in place is seen. Images are those of a run without graphs.
+"""
+from collections import OrderedDict
+
+import torch
+
+from difuse_kernels.dispatch import forced_backend
+
+
+class Graphs:
+    """Recorded steps, at most `keep` of them: the one used longest ago makes room for a new one.
+
+    A step is recorded anew for another model, shape, dtype, autocast or `use_backend`, and where weights have moved to
+    other memory. It holds on to its model, and to the memory of one step. After a change that moves no weight, such as
+    a new hook or another active adapter, call `clear()`.
+    """
+
+    def __init__(self, keep=4):
+        if not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"Graphs: keep is {keep!r}; expected an integer >= 1, the number of recorded steps")
+        self.keep = keep
+        self._captured = OrderedDict()
+
+    def __len__(self):
+        return len(self._captured)
+
+    def clear(self):
+        """Forget every recorded step and give its memory back."""
+        self._captured.clear()
+
+    def bind(self, step, model, *settings):
+        """`step` as a function that replays: step(x, *inputs) -> the next x, inputs tensors or None.
+
+        Its result is the graph's own buffer: the next call overwrites it. `settings`: what else `step` depends on.
+        Raises ValueError for tensors that are not on a GPU, RuntimeError where the step cannot be recorded.
+        """
+        weights = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
+        places = tuple([weight.data_ptr() for weight in weights])
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        training = getattr(model, "training", None)
+        surroundings = (id(model), places, autocast, training, forced_backend(), *settings)
+
+        def replayed(*inputs):
+            key = surroundings, tuple([t if t is None else (t.shape, t.dtype, t.device) for t in inputs])
+            captured = self._captured.pop(key, None) or self._record(step, inputs)
+            self._captured[key] = captured  # the newest, at the end
+            return captured(*inputs)
+
+        return replayed
+
+    def _record(self, step, inputs):
+        while len(self._captured) >= self.keep:  # first, so that its memory can be used
+            self._captured.popitem(last=False)
+        return Captured(step, inputs)
+
+
+class Captured:
+    """step(x, *inputs) -> the next x, recorded for tensors of one shape each (None stays None)."""
+
+    def __init__(self, step, inputs):
+        self.inputs = [t if t is None else t.clone() for t in inputs]
+        self._step = step  # and by it the model, whose weights the graph knows by their addresses
+
+        def advance():
+            self.inputs[0].copy_(step(*self.inputs))
+
+        try:
+            self._replay = record(advance, inputs[0].device)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"Graphs: the step could not be recorded ({error}). A recorded model must not read values back "
+                "(.item(), .cpu(), a branch on a tensor); sample without graphs"
+            ) from error
+
+    def __call__(self, *inputs):
+        """The next x, in `inputs[0]`, whose buffer it may be given."""
+        for i, (buffer, given) in enumerate(zip(self.inputs, inputs, strict=True)):
+            if given is buffer:
+                continue
+            if buffer is None or given is None or (given.shape, given.dtype, given.device) != (
+                    buffer.shape, buffer.dtype, buffer.device):
+                got, expected = ("None" if t is None else f"{tuple(t.shape)} {t.dtype} on {t.device}"
+                                 for t in (given, buffer))
+                raise ValueError(f"Graphs: input {i} is {got}; the graph was recorded for {expected}. Record another "
+                                 "one, as Graphs does by itself")
+            buffer.copy_(given, non_blocking=True)
+        self._replay()
+        return self.inputs[0]
+
+
+def record(function, device):
+    """A function that replays `function`, which reads and writes tensors that stay where they are."""
+    if device.type != "cuda":
+        raise ValueError(f"Graphs: the state is on {device}; CUDA graphs need a GPU. Sample without graphs there")
+    # autocast's cache of rounded weights dies with its block; a graph that had used it would read freed memory
+    uncached = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
+    with torch.cuda.device(device), uncached:
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):  # kernels are compiled, libraries set up: not allowed while recording
+            function()
+        torch.cuda.current_stream().wait_stream(warm_up)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    return graph.replay

@@ -1,0 +1,220 @@
+"""Recorded sampling steps: images as without them, one record per shape, a bound, nothing stale, nothing that waits.
+
+Without a GPU `record` is replaced by a stand-in that runs the function again: buffers, keys and refusals are the same.
+"""
+import gc
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import difuse
+from difuse.diffusion import VP, Flow, ddim, initial_noise
+from difuse.inference import graphs as graphs_module
+from difuse.models import DiT
+
+HAS_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if HAS_GPU else "cpu"
+SIZES = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5)
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """The devices that were recorded on; without a GPU, recording is pretended."""
+    seen, real = [], graphs_module.record
+
+    def record(function, device):
+        seen.append(device)
+        if HAS_GPU:
+            return real(function, device)
+        function()  # as the warm-up does; a graph under capture runs nothing
+        return function
+
+    monkeypatch.setattr(graphs_module, "record", record)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = DiT(**SIZES).to(DEVICE)
+    for parameter in model.parameters():  # a fresh DiT returns zeros
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def images(model, graphs, labels=(0, 3, 4), **changes):
+    settings = dict(process=VP("linear"), prediction="eps", sampler="ddim", steps=5, guidance=2.0, seeds=[3, 1, 2])
+    return difuse.sample(model, list(labels), graphs=graphs, **{**settings, **changes})
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(guidance=1.0), dict(sampler="ddpm"), dict(sampler="flow_euler", process=Flow(), prediction="flow"),
+    dict(steps=1), dict(batch_size=2)], ids=lambda changes: "-".join(changes) or "ddim")
+def test_images_are_those_without_graphs(changes, model, records):
+    graphs, plain = difuse.Graphs(), images(model, None, **changes)
+    for _ in range(2):  # recorded, then replayed
+        torch.testing.assert_close(images(model, graphs, **changes), plain, rtol=0, atol=0)
+    assert len(records) == len(graphs) == (1 + ("batch_size" in changes or changes.get("sampler") == "ddpm"))
+
+
+def test_replayed_with_other_coefficients_labels_and_seeds(model, records):
+    graphs = difuse.Graphs()
+    images(model, graphs)
+    for changes in (dict(steps=9), dict(guidance=3.5), dict(labels=(1, 1, 2)), dict(seeds=[7, 8, 9]),
+                    dict(process=VP("cosine")), dict(prediction="v")):
+        assert torch.equal(images(model, graphs, **changes), images(model, None, **changes)), changes
+    assert len(records) == 1
+
+
+def test_weights_trained_in_place_are_seen_and_moved_ones_recorded_anew(model, records):
+    graphs, before = difuse.Graphs(), images(model, None)
+    images(model, graphs)
+    weight = model.final_layer.linear.weight
+    with torch.no_grad():
+        weight.mul_(2)
+    assert len(records) == 1 and torch.equal(images(model, graphs), images(model, None))
+    old = weight.data
+    try:
+        weight.data = weight.data / 2
+        assert torch.equal(images(model, graphs), before)
+        assert len(records) == 2
+    finally:
+        weight.data = old
+        with torch.no_grad():
+            weight.div_(2)
+
+
+def test_surroundings_are_recorded_apart(model, records):
+    graphs = difuse.Graphs()
+    images(model, graphs)
+    with difuse.use_backend("reference"):
+        inside = images(model, graphs)
+        assert len(records) == 2 and torch.equal(inside, images(model, None))
+    with torch.autocast("cuda", torch.bfloat16) if HAS_GPU else torch.autocast("cpu", torch.bfloat16):
+        if HAS_GPU:
+            assert torch.equal(images(model, graphs), images(model, None))
+            assert len(records) == 3
+
+
+def test_the_bound_drops_what_was_used_longest_ago_and_frees_it(model, records):
+    graphs = difuse.Graphs(keep=2)
+    for count in (1, 2, 1, 3, 1):  # samples; recorded: 1, 2, 3, which drops 2
+        images(model, graphs, labels=[0] * count, seeds=range(count))
+        assert len(graphs) <= 2
+    assert len(records) == 3
+    images(model, graphs, labels=[0, 0], seeds=[0, 1])
+    assert len(records) == 4
+    kept = weakref.ref(next(iter(graphs._captured.values())))
+    graphs.clear()
+    gc.collect()
+    assert len(graphs) == 0 and kept() is None
+
+
+def test_what_was_handed_out_is_not_overwritten(model, records):
+    graphs, states = difuse.Graphs(), []
+    first = images(model, graphs, callback=lambda step, x: states.append(x))
+    copies = [state.clone() for state in states]
+    second = images(model, graphs, seeds=[10, 11, 12])
+    assert len({state.data_ptr() for state in states}) == len(states) == 5
+    assert all(map(torch.equal, states, copies)) and torch.equal(first, states[-1]) and not torch.equal(first, second)
+
+
+def test_noise_is_left_as_it_was(model, records):
+    noise, _ = initial_noise((3, 8, 8), [0, 1], DEVICE)
+    before = noise.clone()
+    ddim(model, noise, process=VP("linear"), steps=3, prediction="eps", labels=torch.tensor([0, 1], device=DEVICE),
+         graphs=difuse.Graphs())
+    assert torch.equal(noise, before)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2"):
+            self.seen.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_inside_the_loop(records):
+    """After the coefficients are made, no value is read back; the model here reads none either."""
+    def model(x, t, y):
+        return x * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1)
+
+    model.num_classes = 4
+    noise, generators = initial_noise((1, 4, 4), [0, 1], DEVICE)
+    labels, graphs, steps = torch.tensor([0, 1], device=DEVICE), difuse.Graphs(), []
+    with Waits() as waits:
+        def began(step, x):
+            if step == 0:
+                waits.seen.clear()
+            steps.append(step)
+
+        for with_graphs in (None, graphs):
+            ddim(model, noise, process=VP("linear"), steps=4, prediction="eps", labels=labels, guidance=2.0, eta=0.5,
+                 generators=generators, callback=began, graphs=with_graphs)
+            assert not waits.seen
+        (labels[0] == 0).item()
+        assert waits.seen  # the counter counts
+    assert steps == [0, 1, 2, 3] * 2
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_nothing_waits_on_a_gpu(model):
+    graphs = difuse.Graphs()
+    images(model, graphs)
+    noise, generators = initial_noise((3, 8, 8), [0, 1, 2], DEVICE)
+    labels = torch.tensor([0, 3, 4], device=DEVICE)
+    waiting = []
+
+    def mode(step, _x):
+        torch.cuda.set_sync_debug_mode("error" if step < 4 else "default")
+        waiting.append(step)
+
+    try:
+        ddim(model, noise, process=VP("linear"), steps=5, prediction="eps", labels=labels, guidance=2.0, eta=1.0,
+             generators=generators, callback=mode, graphs=graphs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waiting == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="a GPU is here")
+def test_without_a_gpu_graphs_are_refused(model):
+    with pytest.raises(ValueError, match="the state is on cpu; CUDA graphs need a GPU"):
+        images(model, difuse.Graphs())
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, None])
+def test_a_bound_that_is_none_is_refused(keep):
+    with pytest.raises(ValueError, match="keep is .*; expected an integer >= 1"):
+        difuse.Graphs(keep)
+
+
+def test_a_recorded_step_takes_its_own_shapes_only(records):
+    x, t = torch.zeros(2, 3, device=DEVICE), torch.ones((), device=DEVICE)
+    captured = graphs_module.Captured(lambda x, t, z: x + t, (x, t, None))
+    assert torch.equal(captured(x, t, None), x + 1) and torch.equal(x, torch.zeros_like(x))
+    for bad, words in (((x[:1], t, None), r"input 0 is \(1, 3\) .*recorded for \(2, 3\)"),
+                       ((x.double(), t, None), "torch.float64"), ((x, None, None), "input 1 is None"),
+                       ((x, t, t), "input 2 is .*recorded for None")):
+        with pytest.raises(ValueError, match=words):
+            captured(*bad)
+
+
+def test_a_step_that_cannot_be_recorded_says_what_to_do(model, monkeypatch):
+    def record(function, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs_module, "record", record)
+    graphs = difuse.Graphs()
+    with pytest.raises(RuntimeError, match="not permitted.*must not read values back.*sample without graphs"):
+        images(model, graphs)
+    assert len(graphs) == 0
