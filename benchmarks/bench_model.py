@@ -39,16 +39,26 @@ def build(family, quick):
     """(model, case name, (x, t, y)), float32. Random weights: adaLN-Zero's zeros would hide any mistake."""
     overrides = {"depth": 2, "input_size": 16} if quick else {}
     model = FAMILIES[family].from_name(family, class_dropout_prob=0.0, **overrides)
-    generator = torch.Generator().manual_seed(0)
+    generator, batch = torch.Generator().manual_seed(0), 2 if quick else 8
+    random_weights(model, generator)
+    x, t, y = random_inputs(model, batch, generator)
+    depth = f", depth {model.config['depth']}" if quick else ""
+    return model, f"batch {batch}, {'x'.join(map(str, x.shape[1:]))}{depth}", (x, t, y)
+
+
+def random_weights(model, generator):
+    """Every weight random, drawn where `generator` lives."""
     for parameter in model.parameters():
         scale = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
-        parameter.data = scale * torch.randn(parameter.shape, generator=generator)
-    batch, size, channels = (2 if quick else 8), model.config["input_size"], model.config["in_channels"]
-    x = torch.randn(batch, channels, size, size, generator=generator)  # [B,C,H,W]
-    t = torch.rand(batch, generator=generator) * 1000
-    y = torch.randint(0, model.num_classes, (batch,), generator=generator)
-    depth = f", depth {model.config['depth']}" if quick else ""
-    return model, f"batch {batch}, {channels}x{size}x{size}{depth}", (x, t, y)
+        parameter.data = scale * torch.randn(parameter.shape, generator=generator, device=generator.device)
+
+
+def random_inputs(model, batch, generator):
+    """x [B,C,H,W] float32, t [B] and y [B] for one call of the model."""
+    size, options = model.config["input_size"], {"generator": generator, "device": generator.device}
+    x = torch.randn(batch, model.config["in_channels"], size, size, **options)
+    t = torch.rand(batch, **options) * 1000
+    return x, t, torch.randint(0, model.num_classes, (batch,), **options)
 
 
 def model_rows(family, dtype_name, ceilings, quick=False, compiles=False, skipped=None):
@@ -86,20 +96,25 @@ def model_rows(family, dtype_name, ceilings, quick=False, compiles=False, skippe
 
 def users_step(model, x, labels, dtype):
     """Euler's method from t = 1 to 0 in one guided step, as users write it around a plain model."""
-    null = torch.full_like(labels, model.num_classes)
-    t = torch.full((2 * len(x),), 1000.0)
-    v = model(torch.cat((x, x)).to(dtype), t, torch.cat((labels, null)))  # [2B,C,H,W]
+    return x - users_velocity(model, x, 1.0, labels, dtype)
+
+
+def users_velocity(model, x, t, labels, dtype):
+    """The guided velocity at time t in [0,1] of a plain model, as users write it."""
+    y = torch.cat((labels, torch.full_like(labels, model.num_classes)))
+    times = torch.full((2 * len(x),), 1000 * t, device=x.device)
+    v = model(torch.cat((x, x)).to(dtype), times, y)  # [2B,C,H,W]
     v_cond, v_null = v.chunk(2)  # each [B,C,H,W]
-    return x - (v_null + GUIDANCE * (v_cond - v_null))
+    return v_null + GUIDANCE * (v_cond - v_null)
 
 
-def race(contenders, truth, dtype):
-    """Gate first, then times: the part of a row that holds both."""
+def race(contenders, truth, dtype, **options):
+    """Gate first, then times: the part of a row that holds both. options: of timing.interleaved."""
     results = {name: call() for name, call in contenders.items()}
     if "compile" in results:
         rivals.check_rival("compile", [results["compile"]], [results["eager"]], dtype)
     found = {"gate": gate({"out": results["difuse"]}, {"out": results["eager"]}, {"out": truth}, dtype)}
-    return found | versus(contenders) | {"targets": []} if found["gate"]["ok"] else found
+    return found | versus(contenders, **options) | {"targets": []} if found["gate"]["ok"] else found
 
 
 def gate(ours, eager, truth, dtype):
@@ -113,17 +128,22 @@ def gate(ours, eager, truth, dtype):
     return verdict(found)
 
 
-def compile_model(plain, inputs, wanted):
-    """(compiled model or None, what the row says about compiling it)."""
+def compile_model(plain, inputs, wanted, **options):
+    """(compiled model or None, what the row says about compiling it); options: of torch.compile."""
     if not wanted:
         return None, {}
-    model = rivals.compiled(plain)
+    model = rivals.compiled(plain, **options)
     _, seconds, why = rivals.first_call(lambda: model(*inputs))
     return (model, {"compile_seconds": seconds}) if why is None else (None, {"compile_failed": why})
 
 
 def against_ceilings(ceilings, dtype_name, model, inputs, row, training=False):
-    """FLOPs of the matrix products, counted on the reference path; bytes of the weights, activations left out.
+    """The row's part that compares it with the ceilings."""
+    return roofline.against(ceilings, dtype_name, *work(model, inputs, training), row["times"]["difuse"]["seconds"])
+
+
+def work(model, inputs, training=False):
+    """(bytes, FLOPs): FLOPs of the matrix products, counted on the reference path; bytes of the weights alone.
 
     A training step reads the weights in both passes and writes gradients; AdamW reads weights, gradients and two
     moments, and writes all but the gradients: 10 times the weights.
@@ -133,5 +153,4 @@ def against_ceilings(ceilings, dtype_name, model, inputs, row, training=False):
         if training:
             torch.autograd.grad(out.sum(), list(model.parameters()))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return roofline.against(ceilings, dtype_name, weights * (10 if training else 1), counter.get_total_flops(),
-                            row["times"]["difuse"]["seconds"])
+    return weights * (10 if training else 1), counter.get_total_flops()

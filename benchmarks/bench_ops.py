@@ -24,9 +24,10 @@ ADALN = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 
 @dataclass(frozen=True)
 class Target:
-    """What a row must reach: at least `value` times `metric`, or at most `value` where metric is "us".
+    """What a row must reach: at least `value` of `metric`.
 
-    metric: "eager" or "compile" (times faster), "copy" (share of copy bandwidth) or "us" (microseconds per call).
+    metric: "eager" or "compile" (times faster), "copy" (share of copy bandwidth), "us" (microseconds per call) or
+    "memory" (peak over torch.compile's); the last two are to stay below `value`.
     shapes: of the first input, None fitting any size; no shapes fit every case.
     """
 
@@ -51,8 +52,12 @@ class Target:
         if self.metric == "us":
             got = row["times"]["difuse"]["seconds"] * 1e6
             reached = got < self.value
+        elif self.metric == "memory":
+            ours, theirs = (row.get("memory", {}).get(name) for name in ("difuse", "compile"))
+            got = ours / theirs if ours and theirs else None
+            reached = None if got is None else got < self.value
         else:
-            got = row["copy_share"] if self.metric == "copy" else row["ratios"].get(self.metric)
+            got = row.get("copy_share") if self.metric == "copy" else row["ratios"].get(self.metric)
             reached = None if got is None else got >= self.value
         return {"metric": self.metric, "value": self.value, "got": got, "reached": reached}
 
@@ -186,13 +191,13 @@ def _compile(contenders, rival, dtype):
     return {"compile_seconds": seconds}
 
 
-def gate(case, dtype, grads=True):
-    """{ok, worst, error, budget} of the case on backend "auto": the error budget of the tests, on the timed case.
+def gate(case, dtype, grads=True, backend="auto"):
+    """{ok, worst, error, budget} of the case on a backend: the error budget of the tests, on the timed case.
 
     worst is the tensor nearest to its budget, or beyond it; with an exception it says what was raised.
     """
     try:
-        lines = check_case(case, dtype, "auto", grads=grads)
+        lines = check_case(case, dtype, backend, grads=grads)
     except (RuntimeError, AssertionError) as error:
         return {"ok": False, "worst": f"{type(error).__name__}: {error}", "error": None, "budget": None}
     by_rms = [(f"rms of {line.name}", line.rms, FACTOR * line.eager_rms + line.unit * line.oracle_rms, line.ok)

@@ -48,7 +48,7 @@ def training_rows(family, dtype_name, ceilings, quick=False, compiles=False, ski
 def loss_of(network, inputs, target, dtype_name):
     """Mean squared error of one batch, under autocast for bf16."""
     x, t, y = inputs
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "bf16"):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype_name == "bf16"):
         prediction = network(x, t, y)
     return F.mse_loss(prediction.to(target.dtype), target)
 

@@ -27,9 +27,9 @@ SCHEMA = 1
 # the vector units and is the data sheet's.
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = {"bf16": 780e12, "fp16": 780e12, "fp32": 67e12}
+GRID_LIMIT = 65535  # of every axis of the grid but the first, on NVIDIA's GPUs
 # Ops made of matrix products: in these dtypes every product must run on tensor cores. In fp32 none does: the dots are
 # input_precision="ieee", which no NVIDIA tensor core computes, because TF32's 10 bits would break the error budget.
-GRID_LIMIT = 65535  # of every axis of the grid but the first, on NVIDIA's GPUs
 MATRIX_OPS = {"attention": ("bf16", "fp16"), "attention_packed": ("bf16", "fp16")}
 NARROW = {"bf16", "f16"}  # what Triton calls those dtypes
 

@@ -37,10 +37,10 @@ def ddim_with_guidance(coefficients, out_dtypes=None):
     return step
 
 
-def compiled(function):
-    """torch.compile in its default mode for one set of shapes, nothing kept from the case before."""
+def compiled(function, **options):
+    """torch.compile for one set of shapes, in its default mode unless `options` say otherwise; starts afresh."""
     torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, **options)
 
 
 def first_call(function):
@@ -137,13 +137,16 @@ class PlainDiT(nn.Module):
         config, weights = model.config, dict(model.state_dict())
         shape = (-1, config["in_channels"], config["patch_size"], config["patch_size"])
         weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"].reshape(shape)
-        twin = cls(config).to(next(model.parameters()).dtype)
+        first = next(model.parameters())
+        with first.device:
+            twin = cls(config).to(first.dtype)
         twin.load_state_dict(weights)
         return twin.train(model.training)
 
     def forward(self, x, t, y):
         x = self.x_embedder.proj(x).flatten(2).transpose(1, 2) + self.pos_embed  # [B,S,D]
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128)
+        steps = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequencies = torch.exp(-math.log(10000) * steps / 128)
         angles = t[:, None].float() * frequencies[None]
         embedding = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.t_embedder.mlp[0].weight.dtype)
         c = self.t_embedder.mlp(embedding) + self.y_embedder.embedding_table(y)  # [B,D]

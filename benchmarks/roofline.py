@@ -111,10 +111,11 @@ def against(measured, dtype_name, total_bytes, flops, seconds):
 
     predicted_seconds: the longer of bytes over copy bandwidth and FLOPs over the GEMM rate, the better of this dtype's
     and float32's; share: predicted over reached; copy_share: the bytes alone. Data that fits into the last cache
-    (in_cache) may exceed 1.
+    (in_cache) may exceed 1. The last cache is measured["cache_bytes"], or this CPU's.
     """
     by_bytes = total_bytes / measured["copy_bytes_per_second"]
     by_flops = flops / max(measured[f"gemm_{name}_flops_per_second"] for name in ("fp32", dtype_name))
+    cache = measured.get("cache_bytes") or last_level_cache() or 0
     return {"bytes": total_bytes, "flops": flops, "predicted_seconds": max(by_bytes, by_flops),
             "bound": "bytes" if by_bytes >= by_flops else "flops", "share": max(by_bytes, by_flops) / seconds,
-            "copy_share": by_bytes / seconds, "in_cache": total_bytes < (last_level_cache() or 0)}
+            "copy_share": by_bytes / seconds, "in_cache": total_bytes < cache}

@@ -107,7 +107,7 @@ def compiler_cache():
                 os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
 
 
-def describe_machine(argv):
+def describe_machine(argv, program="benchmarks.run"):
     """What a number depends on: CPU, instruction set, threads, versions, commit, command, date, load."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
@@ -122,7 +122,7 @@ def describe_machine(argv):
         "threads": torch.get_num_threads(), "last_level_cache_bytes": roofline.last_level_cache(),
         "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
         "torch": torch.__version__, "difuse": difuse.__version__, "commit": commit(),
-        "command": " ".join([f"{forced}python -m benchmarks.run", *argv]),
+        "command": " ".join([f"{forced}python -m {program}", *argv]),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -143,23 +143,42 @@ def commit():
 def write(out, report, text):
     """<machine>-<date>.json and .md in the folder `out`, each written whole or not at all."""
     machine = report["machine"]
-    cpu = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    stamp = datetime.datetime.fromisoformat(machine["date"]).strftime("%Y%m%d-%H%M%S")
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".json", json.dumps(report, indent=1, allow_nan=False) + "\n"), (".md", text + "\n")):
-        path = out / f"{cpu}-{machine['cores']}c-{stamp}{suffix}"
-        write_atomically(path, content.encode())
+    for path in write_files(out, f"{slug(machine['cpu'])}-{machine['cores']}c-{stamp(machine)}", report, text):
         print(f"written: {path}")
+
+
+def slug(name):
+    """The name of a machine as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def stamp(machine):
+    """The run's date as part of a file's name."""
+    return datetime.datetime.fromisoformat(machine["date"]).strftime("%Y%m%d-%H%M%S")
+
+
+def write_files(out, stem, report, text):
+    """The paths of <stem>.json and <stem>.md in the folder `out`, each written whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    contents = {".json": json.dumps(report, indent=1, allow_nan=False) + "\n", ".md": text + "\n"}
+    for suffix, content in contents.items():
+        write_atomically(out / f"{stem}{suffix}", content.encode())
+    return [out / f"{stem}{suffix}" for suffix in contents]
 
 
 def table(report):
     """The report as Markdown: header, ceilings, one line per row, and how many targets were reached."""
-    rows = [COLUMNS, *map(cells, report["rows"])]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join([*header(report), "", *aligned(COLUMNS, map(cells, report["rows"])), "", *footer(report)])
+
+
+def aligned(columns, rows):
+    """The lines of a Markdown table."""
+    rows = [columns, *rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
              for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([*header(report), "", *lines, "", *footer(report)])
+    return lines
 
 
 def header(report):
@@ -209,41 +228,49 @@ def cells(row):
         return [*head, *["-"] * 8, f"not measured: {row['skipped']}"]
     gate = row["gate"]
     if not gate["ok"]:
-        off = "" if gate["error"] is None else f" is off by {gate['error']:.1e}, budget {gate['budget']:.1e}"
-        return [*head, *["-"] * 8, f"WRONG, so no speed: {_cell(gate['worst'])}{off}"]
+        return [*head, *["-"] * 8, wrong(gate)]
     times, ratios = row["times"], row["ratios"]
-    compiled = _time(times.get("compile"))
+    compiled = time_text(times.get("compile"))
     remarks = [*map(_target, row["targets"])]
     if max(timing["spread"] for timing in times.values()) > NOISY:
         remarks.append("noisy")
     if "compile_failed" in row:
-        remarks.append(f"compile failed: {_cell(row['compile_failed'])}")
+        remarks.append(f"compile failed: {one_line(row['compile_failed'])}")
     elif "compile_seconds" in row:
         compiled += f" ({row['compile_seconds']:.1f} s)"
     ceiling = reached = "-"
     if "share" in row:
-        ceiling = f"{_seconds(row['predicted_seconds'])} {row['bound']}"
+        ceiling = f"{seconds_text(row['predicted_seconds'])} {row['bound']}"
         reached = f"{100 * row['share']:.0f} %{' c' if row['in_cache'] and row['bound'] == 'bytes' else ''}"
-    return [*head, row.get("backend", "auto"), _time(times["difuse"]), _time(times["eager"]), _ratio(ratios, "eager"),
-            compiled, _ratio(ratios, "compile"), ceiling, reached, "; ".join(remarks)]
+    return [*head, row.get("backend", "auto"), time_text(times["difuse"]), time_text(times["eager"]),
+            ratio_text(ratios, "eager"), compiled, ratio_text(ratios, "compile"), ceiling, reached, "; ".join(remarks)]
 
 
-def _cell(text):
+def wrong(gate):
+    """What is said in place of a speed where the correctness gate failed."""
+    off = "" if gate["error"] is None else f" is off by {gate['error']:.1e}, budget {gate['budget']:.1e}"
+    return f"WRONG, so no speed: {one_line(gate['worst'])}{off}"
+
+
+def one_line(text):
     """One line of at most 200 characters that ends no Markdown cell."""
     return " ".join(text.replace("|", "/").split())[:200]
 
 
-def _time(timing):
-    return "-" if timing is None else f"{_seconds(timing['seconds'])} ±{100 * timing['spread']:.0f} %"
+def time_text(timing):
+    """A median and its spread; a dash for None."""
+    return "-" if timing is None else f"{seconds_text(timing['seconds'])} ±{100 * timing['spread']:.0f} %"
 
 
-def _seconds(seconds):
+def seconds_text(seconds):
+    """Seconds in the unit that suits them."""
     for unit, scale in (("s", 1), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale or unit == "µs":
             return f"{seconds / scale:.3g} {unit}"
 
 
-def _ratio(ratios, rival):
+def ratio_text(ratios, rival):
+    """How many times faster difuse is than the rival; a dash where it did not run."""
     return f"{ratios[rival]:.2f}" if rival in ratios else "-"
 
 

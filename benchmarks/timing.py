@@ -24,11 +24,15 @@ class Timing:
     inner: int
 
 
-def interleaved(contenders, runs=RUNS, least=LEAST):
-    """{name: Timing} of the functions in `contenders` {name: function without arguments}."""
+def interleaved(contenders, runs=RUNS, least=LEAST, seconds=None):
+    """{name: Timing} of the functions in `contenders` {name: function without arguments}.
+
+    seconds(function, inner) measures `inner` calls and returns the seconds of one; default: this process's clock.
+    """
     if runs < RUNS:
         raise ValueError(f"interleaved: {runs} runs; expected at least {RUNS} for a median")
-    inner = {name: _warm_up(function, least) for name, function in contenders.items()}
+    seconds = seconds or _seconds
+    inner = {name: _warm_up(function, least, seconds) for name, function in contenders.items()}
     samples = {name: [] for name in contenders}
     names = list(contenders)
     collecting = gc.isenabled()
@@ -38,16 +42,19 @@ def interleaved(contenders, runs=RUNS, least=LEAST):
         for run in range(runs):
             first = run % len(names)
             for name in names[first:] + names[:first]:
-                samples[name].append(_seconds(contenders[name], inner[name]))
+                samples[name].append(seconds(contenders[name], inner[name]))
     finally:
         if collecting:
             gc.enable()
     return {name: summary(samples[name], inner[name]) for name in names}
 
 
-def versus(contenders, ours="difuse"):
-    """The part of a row that holds speeds: "times" per contender and "ratios", how many times faster `ours` is."""
-    timings = interleaved(contenders, least=LEAST)
+def versus(contenders, ours="difuse", **options):
+    """The part of a row that holds speeds: "times" per contender and "ratios", how many times faster `ours` is.
+
+    options: those of `interleaved`.
+    """
+    timings = interleaved(contenders, **({"least": LEAST} | options))
     ratios = {name: timing.seconds / timings[ours].seconds for name, timing in timings.items() if name != ours}
     return {"times": {name: asdict(timing) for name, timing in timings.items()}, "ratios": ratios}
 
@@ -58,12 +65,12 @@ def summary(samples, inner):
     return Timing(median, (high - low) / median, len(samples), inner)
 
 
-def _warm_up(function, least):
+def _warm_up(function, least, seconds):
     """Calls until caches, allocators and clocks have settled; returns how many calls last `least` seconds."""
     function()
     inner = 1
-    while (seconds := _seconds(function, inner)) * inner < least:
-        inner = max(2 * inner, math.ceil(least / max(seconds, 1e-9)))
+    while (one := seconds(function, inner)) * inner < least:
+        inner = max(2 * inner, math.ceil(least / max(one, 1e-9)))
     return inner
 
 
