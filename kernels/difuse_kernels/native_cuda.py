@@ -6,7 +6,7 @@ same kernels, slowly, on CPU tensors.
 """
 import torch
 
-from difuse_kernels.checks import why_not_dense
+from difuse_kernels.checks import KERNEL_DTYPES, why_not_dense
 
 OLDEST = (8, 0)  # the compute capability that the build starts at
 ext = None  # the module, or None
@@ -45,17 +45,26 @@ def _why_not_device(index):
     return _refusals[index]
 
 
+def _why_not(inputs, index):
+    for position, tensor in enumerate(inputs):
+        if tensor is None or (tensor.get_device() == index and (tensor.is_cuda or (tensor.is_cpu and ext.emulated))):
+            continue
+        if tensor.get_device() != index:
+            return f"input {position} is on another device than input 0"
+        return f"input {position} is on {tensor.device.type}"
+    return why_not_dense(inputs)
+
+
 def unsupported(inputs):
     """What the CUDA kernels refuse in any op: dtype, device, an old GPU, a strided last dimension."""
-    device = inputs[0].device
-    for position, tensor in enumerate(inputs):
-        if tensor is None:
-            continue
-        if not (tensor.is_cuda or (tensor.is_cpu and ext.emulated)):
-            return f"input {position} is on {tensor.device.type}"
-        if tensor.device != device:
-            return f"input {position} is on another device than input 0"
-    return why_not_dense(inputs) or (_why_not_device(device.index) if device.type == "cuda" else None)
+    index = inputs[0].get_device()  # compared faster than devices are; -1 of a tensor that is on none
+    fits = index >= 0
+    for tensor in inputs:  # once, and in line: every microsecond here is one of every call
+        if tensor is not None and not (tensor.dtype in KERNEL_DTYPES and tensor.get_device() == index
+                                       and (tensor.is_contiguous() or tensor.stride()[-1] == 1)):
+            fits = False
+    reason = None if fits else _why_not(inputs, index)
+    return reason or (_why_not_device(index) if index >= 0 else None)
 
 
 def empty(shape, dtype, like):
