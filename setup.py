@@ -7,6 +7,8 @@ CUDA runtime is linked statically, so the module loads where there is no driver.
 """
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,14 @@ def cxx():
     if not compiler:
         raise FileNotFoundError("no C++ compiler: g++, c++ and clang++ are not on PATH and CXX is not set")
     return compiler
+
+
+def host_compiler():
+    """The C++ compiler as nvcc wants it: one program, without "ccache" before it or options behind it."""
+    words = [word for word in shlex.split(cxx()) if not word.startswith("-") and shutil.which(word)]
+    if not words:
+        raise FileNotFoundError(f"CXX={cxx()!r} names no program that nvcc could call")
+    return words[-1]
 
 
 def nvcc():
@@ -87,10 +97,16 @@ def write_ninja(folder, output, isas=ISAS, extra=""):
 
 def architectures(compiler):
     """(nvcc's flags, their names) for the GPUs of GPUS that this nvcc knows, and PTX of the newest of them."""
-    listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    def ask(option):
+        return subprocess.run([compiler, option], capture_output=True, text=True, check=True).stdout
+
+    try:
+        release, listed = re.search(r"release (\d+)", ask("--version")), ask("--list-gpu-arch").split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise FileNotFoundError(f"{compiler} does not run: {error}") from None
     known = [gpu for gpu in GPUS if f"compute_{gpu.rstrip('a')}" in listed]
-    if not known:
-        raise FileNotFoundError(f"{compiler} knows none of sm_{', sm_'.join(GPUS)}; it is older than CUDA 11")
+    if not known or not release or int(release[1]) < 12:
+        raise FileNotFoundError(f"{compiler} is older than CUDA 12, which the kernels need")
     pairs = [*((f"compute_{gpu}", f"sm_{gpu}") for gpu in known), (f"compute_{known[-1].rstrip('a')}",) * 2]
     flags = " ".join(f"-gencode arch={virtual},code={real}" for virtual, real in pairs)
     return flags, " ".join(real for _, real in pairs)
@@ -104,7 +120,7 @@ def write_cuda_ninja(folder, output):
     compiler = nvcc()
     flags, names = architectures(compiler)
     lines = [
-        f"nvcc = {compiler} -ccbin {cxx()}",
+        f"nvcc = {compiler} -ccbin {host_compiler()}",
         f"flags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall {includes()}",
         f"gpus = {flags} -Xptxas -v -DDIFUSE_ARCHITECTURES='\"{names}\"'",
         "rule gpu\n  command = $nvcc $flags $gpus -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
@@ -149,6 +165,8 @@ class BuildNative(build_ext):
             ninja_file = (write_cuda_ninja if cuda else write_ninja)(Path(self.build_temp).resolve() / name, output)
         except FileNotFoundError as error:
             print(f"difuse: built without the {'CUDA C++' if cuda else 'C++'} kernels: {error}", file=sys.stderr)
+            for stale in (output, ROOT / "kernels" / "difuse_kernels" / output.name):  # an earlier build's
+                stale.unlink(missing_ok=True)
             return
         output.parent.mkdir(parents=True, exist_ok=True)
         ninja = shutil.which("ninja") or f"{sys.executable} -m ninja"

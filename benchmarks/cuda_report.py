@@ -72,7 +72,9 @@ def kernels(path):
     found = []
     for (arch, name), listing in sorted(listings.items(), key=lambda item: item[0]):
         resources = usage[arch, name]
-        row = code.parse_usage(resources) | code.summary(code.parse_sass(listing))
+        instructions = code.parse_sass(listing)
+        row = code.parse_usage(resources) | code.summary(instructions)
+        row |= {key: sum(i.name.startswith(key) for i in instructions) for key in ("LDS", "STS")}
         shared = int(re.search(r"SHARED:(\d+)", resources)[1])
         source = _SOURCE.search(name)
         found.append({"op": source[1] if source else "?", "name": names[name], "arch": arch, "shared": shared, **row})
@@ -91,6 +93,8 @@ def problems(rows):
         if row["stack"] or row["local"]:
             lines.append(f"{row['op']} {row['name']} on {row['arch']}: {row['stack']} bytes of local memory, accesses "
                          f"{row['local'] or 'none'}")
+        if row["LDS"] and not row["STS"]:
+            lines.append(f"{row['op']} {row['name']} on {row['arch']}: reads shared memory and never writes it")
         narrow = row["stores"] and "128" not in row["stores"]
         if narrow and "128" in row["loads"] and not row["name"].startswith(FEW_RESULTS):
             lines.append(f"{row['op']} {row['name']} on {row['arch']}: loads 128 bits, stores {row['stores']}")

@@ -191,7 +191,7 @@ def host_clock(device):
 def driver():
     """Driver, clocks, power, temperature as nvidia-smi reads them, {query: text}; {} where it cannot. Sets nothing."""
     queries = ("driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit",
-               "temperature.gpu", "clocks_throttle_reasons.active")
+               "temperature.gpu")
     try:
         done = subprocess.run(["nvidia-smi", "--id=0", f"--query-gpu={','.join(queries)}", "--format=csv,noheader"],
                               capture_output=True, text=True, timeout=20, check=True)

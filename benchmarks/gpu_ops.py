@@ -93,7 +93,7 @@ def rows(device, case, compiles=False):
         yield from ({**row, "pass": name} for name in (FORWARD, BOTH))
         return
     sets = Sets(case, dtype, device)
-    options = device.timing(15, 1e-4, QueuedClock(device))
+    options = device.timing(15, 5e-4, QueuedClock(device))
     ours = {"difuse" if backend is backends[0] else backend: functools.partial(sets.op, backend=backend, **sets.kwargs)
             for backend in backends}
     with torch.no_grad():

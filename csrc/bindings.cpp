@@ -78,6 +78,7 @@ void prefer_huge_pages(const Tensor& t, int64_t bytes) {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "difuse's C++ CPU kernels; see csrc/ops.h for what each takes.";
+  difuse::python::names();  // now: made by the first call, two threads could wait for each other
   m.def("choose_isa", &choose_isa, "Pick the kernels: the best set this CPU runs, or the named one.");
   m.def("isa", [] { return std::string(chosen ? chosen->name : ""); }, "The instruction set in use.");
   m.def("isas", [] {

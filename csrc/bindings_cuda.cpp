@@ -80,6 +80,7 @@ template <class... A> auto kernel(void (*op)(Queue&, A...)) {
 
 PYBIND11_MODULE(_native_cuda, m) {
   m.doc() = "difuse's CUDA C++ kernels; see csrc/ops.h for what each takes.";
+  difuse::python::names();  // now: made by the first call, two threads could wait for each other
   m.attr("emulated") = kEmulated;
   m.def("missing", &difuse::cuda::missing, "Why nothing can be launched here, or an empty string.");
   m.def("architectures", [] {

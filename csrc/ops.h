@@ -39,7 +39,8 @@ struct Queue {
   virtual float* scratch(int64_t floats) = 0;
 };
 
-// X(name, arguments): outputs are preallocated by the caller and overwritten, never accumulated into.
+// X(name, arguments): outputs are preallocated by the caller and overwritten, never accumulated into. They share no memory
+// with inputs.
 // On the CPU only.
 #define DIFUSE_ATTENTION(X)                                                                                            \
   /* kv_lengths, key_bias and stats may be absent. stats [B,H,Sq,2] f32: each query's largest score and 1 / sum. */    \

@@ -1,7 +1,10 @@
 """The CUDA C++ backend beside its results, which the contract suite checks: refusals, and the report on the binary."""
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -97,8 +100,48 @@ def test_attention_has_no_cuda_kernel_and_says_so():
         difuse_kernels.attention(q, q, q, backend="cuda")
 
 
+@pytest.fixture(scope="module")
+def setup():
+    """The names in setup.py, which sets nothing up."""
+    pytest.importorskip("setuptools")
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.parametrize("cxx", ["g++", "env g++", "g++ -pthread"])
+def test_nvcc_gets_a_compiler_and_nothing_else(setup, cxx, monkeypatch):
+    monkeypatch.setenv("CXX", cxx)
+    assert setup["host_compiler"]() == "g++"
+
+
+def test_the_build_leaves_cuda_out_when_told_to(setup, monkeypatch):
+    monkeypatch.setenv("DIFUSE_CUDA", "0")
+    with pytest.raises(FileNotFoundError, match="DIFUSE_CUDA=0"):
+        setup["nvcc"]()
+
+
+@pytest.mark.parametrize("release, listed, expected", [
+    ("11.8", "compute_80 compute_90", None), ("12.4", "compute_75 compute_80 compute_90", "sm_80 sm_90a compute_90"),
+    ("13.0", "compute_80 compute_90 compute_100 compute_120", "sm_80 sm_90a sm_100 compute_100"),
+    ("12.4", "compute_50", None)])
+def test_the_build_holds_what_this_nvcc_knows(setup, tmp_path, release, listed, expected):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo 'release {release}, V1' || echo '{listed}'\n")
+    nvcc.chmod(0o755)
+    if expected is None:
+        with pytest.raises(FileNotFoundError, match="older than CUDA 12"):
+            setup["architectures"](str(nvcc))
+    else:
+        flags, names = setup["architectures"](str(nvcc))
+        assert names == expected and flags.count("-gencode") == len(names.split())
+    nvcc.write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(FileNotFoundError, match="does not run"):
+        setup["architectures"](str(nvcc))
+
+
 ROW = {"op": "adaln", "name": "forward<float>", "arch": "sm_80", "registers": 40, "stack": 0, "shared": 0, "local": {},
-       "instructions": 9, "loads": {"128": 2}, "stores": {"128": 1, "32": 2}}
+       "instructions": 9, "loads": {"128": 2}, "stores": {"128": 1, "32": 2}, "LDS": 4, "STS": 1}
 
 
 def rows(**changes):
@@ -110,6 +153,7 @@ def rows(**changes):
 @pytest.mark.parametrize("changes, words", [
     ({"stack": 16}, "16 bytes of local memory"), ({"local": {"STL": 1}}, "accesses {'STL': 1}"),
     ({"stores": {"32": 4}}, "loads 128 bits, stores {'32': 4}"), ({"loads": {"32": 1}}, "no kernel with 128-bit"),
+    ({"STS": 0}, "reads shared memory and never writes it"),
     ({"arch": "sm_90a"}, "adaln on sm_80: no kernel with 128-bit")])
 def test_the_report_fails_on(changes, words):
     assert cuda_report.problems(rows()) == []

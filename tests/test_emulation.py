@@ -178,10 +178,28 @@ FAULTS = {  # what -> (call, what is said)
     "not in its own mask": (lambda p, out: p.not_in_mask(out), "thread 16 is not in its own mask"),
     "a width of 12": (lambda p, out: p.odd_width(out), "for width 12"),
     "an exception": (lambda p, out: p.throwing(40), "thrown by the kernel"),
+    "a global store to dynamic shared memory": (lambda p, out: p.store_to_dynamic(),
+                                                "thread 0 stores to shared memory by an instruction for global"),
     "too many threads": (lambda p, out: p.turn(out, out, 1025), "turn, block 0: could not be launched with 1025 "
                          "threads"),
     "too much shared memory": (lambda p, out: p.beyond_shared(48 * 1024 + 1, 0), "and 49153 bytes of shared memory"),
 }
+
+
+@pytest.mark.skipif(build.SANITIZED, reason="static memory is then anywhere")
+def test_a_global_store_to_static_shared_memory_is_found(probe):
+    with pytest.raises(RuntimeError, match="thread 0 stores to shared memory by an instruction for global memory"):
+        probe.store_to_shared()
+
+
+@pytest.mark.parametrize("error, device, stream, words", [
+    (9, 0, 0, "probe could not be launched on cuda:0: cudaErrorInvalidConfiguration, invalid configuration argument$"),
+    (209, 0, 0, "This build holds emulated; reinstall with an nvcc that knows the GPU"),
+    (400, 1, 64, "on cuda:1.*The stream belongs to cuda:0, the tensors do not; use a stream of their device"),
+    (400, 0, 64, "on cuda:0: cudaError, an emulated error$")])
+def test_a_failed_launch_says_why(probe, error, device, stream, words):
+    with pytest.raises(RuntimeError, match=words):
+        probe.refusal(error, device, stream)
 
 
 @pytest.mark.parametrize("what", FAULTS)

@@ -209,12 +209,50 @@ def test_a_recorded_step_takes_its_own_shapes_only(records):
             captured(*bad)
 
 
-def test_a_step_that_cannot_be_recorded_says_what_to_do(model, monkeypatch):
+def test_buffers_recorded_in_inference_mode_serve_outside_of_it(model, records):
+    graphs = difuse.Graphs()
+    with torch.inference_mode():
+        images(model, graphs)
+    assert torch.equal(images(model, graphs), images(model, None)) and len(records) == 1
+
+
+def test_a_step_that_waits_for_the_device_says_what_to_do(monkeypatch):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def step():
+        assert modes[-1] == "error"
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="called a synchronizing.*must not read values back.*sample without graphs"):
+        graphs_module._run_without_waiting(step)
+    assert modes[-1] == "default"
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs_module._run_without_waiting(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+
+
+def test_what_the_model_raises_is_raised_and_nothing_is_kept(model, monkeypatch):
     def record(function, device):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        function()
 
     monkeypatch.setattr(graphs_module, "record", record)
     graphs = difuse.Graphs()
-    with pytest.raises(RuntimeError, match="not permitted.*must not read values back.*sample without graphs"):
+    monkeypatch.setattr(type(model), "forward", lambda *_: (_ for _ in ()).throw(KeyError("the model's own")))
+    with pytest.raises(KeyError, match="the model's own"):
         images(model, graphs)
     assert len(graphs) == 0
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_after_a_model_that_waits_the_process_is_as_before(model):
+    def waits(x, t, y):
+        return x * float(x.sum())
+
+    noise, _ = initial_noise((1, 4, 4), [0, 1], DEVICE)
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="must not read values back"):
+        ddim(waits, noise, process=VP("linear"), steps=2, prediction="eps", labels=torch.zeros(2, dtype=torch.int64),
+             graphs=difuse.Graphs())
+    assert torch.cuda.current_stream() == before and torch.cuda.get_sync_debug_mode() == 0
+    assert torch.equal(images(model, difuse.Graphs()), images(model, None))

@@ -121,7 +121,7 @@ template <int N> __device__ __forceinline__ void load(float (&to)[N], const char
   else load(to, reinterpret_cast<const f16*>(row) + at);
 }
 
-// N elements rounded to T and written to p; aligned as for `load`.
+// N elements rounded to T and written to p, in global memory; aligned as for `load`.
 template <int N, class T> __device__ __forceinline__ void store(T* p, const float (&from)[N]) {
   if constexpr (N * sizeof(T) % 16 == 0) {
 #pragma unroll
@@ -131,7 +131,7 @@ template <int N, class T> __device__ __forceinline__ void store(T* p, const floa
       for (int j = 0; j < kWide<T>; ++j) from_float(values[j], from[i + j]);
       uint4 word;
       memcpy(&word, values, 16);
-      __stwb(reinterpret_cast<uint4*>(p + i), word);  // an assignment may be compiled into four stores
+      __stwb(reinterpret_cast<uint4*>(p + i), word);  // an assignment may become four stores
     }
   } else {
 #pragma unroll

@@ -26,13 +26,15 @@ void refuse(cudaError_t error, const char* kernel, const Queue& queue) {
   cudaGetLastError();  // forget it: the next launch is not to blame
   std::string text = std::string(kernel) + " could not be launched on cuda:" + std::to_string(queue.device) + ": " +
                      cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
-  int owner = queue.device;
   if (error == cudaErrorNoKernelImageForDevice)
     text += std::string(". This build holds ") + architectures() + "; reinstall with an nvcc that knows the GPU";
-  else if (queue.stream && cudaStreamGetDevice(static_cast<cudaStream_t>(queue.stream), &owner) == cudaSuccess &&
-           owner != queue.device)
+#if CUDART_VERSION >= 12080
+  int owner = queue.device;
+  if (queue.stream && cudaStreamGetDevice(static_cast<cudaStream_t>(queue.stream), &owner) == cudaSuccess &&
+      owner != queue.device)
     text += ". The stream belongs to cuda:" + std::to_string(owner) +
             ", the tensors do not; use a stream of their device";
+#endif
   throw std::runtime_error(text);
 }
 

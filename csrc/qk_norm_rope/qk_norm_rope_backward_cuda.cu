@@ -60,8 +60,12 @@ __device__ void store_sums(float* row, const float (&sum)[2][kWide<T>], const Pl
   }
   __syncthreads();  // the last sums have been read
   if (lane < layout.lanes) {
-    if (place.first_there) store(shared + warp * D + place.first, v[0]);
-    if (place.second_there) store(shared + warp * D + place.second, v[1]);
+    float* row = shared + warp * D;
+#pragma unroll
+    for (int i = 0; i < W; ++i) {
+      if (place.first_there) row[place.first + i] = v[0][i];
+      if (place.second_there) row[place.second + i] = v[1][i];
+    }
   }
   __syncthreads();
   for (int i = int(threadIdx.x); i < D; i += kGroupThreads) {
@@ -265,7 +269,7 @@ __global__ void __launch_bounds__(kColumns* kSumRows) sum_chunks(const Sums k) {
   const int64_t column = int64_t(block) * kColumns + x;
   float all = 0;
   if (column < sum.width) {
-#pragma unroll 4
+#pragma unroll 16
     for (int64_t row = y; row < sum.rows; row += kSumRows) all += sum.from[row * sum.width + column];
   }
   shared[y][x] = all;

@@ -18,7 +18,8 @@ from difuse_kernels.checks import check_same_device
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 # "auto" takes the first of these that does not refuse; a device not named here has the reference only
-ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+ORDER = {"cpu": ("cpu", "reference"),
+         "cuda": ("triton", "reference") if torch.version.hip else ("cuda", "triton", "reference")}
 # what keeps a backend from running anything at all here: a reason, or None
 MISSING = {"reference": lambda: None, "cpu": native.missing, "cuda": native_cuda.missing,
            "triton": triton_launch.missing}

@@ -16,14 +16,14 @@ _refusals = {}  # of devices; a dict, since torch.compile warns of functools.cac
 
 def _load():
     global ext
+    if torch.version.hip:
+        return "torch is built for AMD GPUs, the CUDA C++ kernels are for NVIDIA's"
     try:
         from difuse_kernels import _native_cuda as ext
     except ImportError as error:
         return f"the CUDA C++ extension is not loaded ({error}); reinstall with CUDA's compiler at hand (nvcc)"
     if ext.emulated:
         return None
-    if torch.version.hip:
-        return "torch is built for AMD GPUs, the CUDA C++ kernels are for NVIDIA's"
     if not torch.cuda.is_available():
         return ext.missing() or "torch sees no NVIDIA GPU; install a torch that is built with CUDA"
     return ext.missing() or None

@@ -8,6 +8,7 @@
 #include <cstring>
 
 // --- language --------------------------------------------------------------------------------------------------------
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
@@ -70,6 +71,7 @@ template <class F> void run(const char* name, dim3 blocks, dim3 threads, size_t 
 }
 
 unsigned char* dynamic_shared();
+void check_global(const void* p);
 void block_barrier(Place place);
 uint64_t warp_exchange(Shuffle kind, unsigned mask, uint64_t value, int by, int width, Place place);
 
@@ -107,21 +109,10 @@ inline unsigned __ballot_sync(unsigned mask, int yes, EMULATED_HERE) {
 inline int __any_sync(unsigned mask, int yes, EMULATED_HERE) { return __ballot_sync(mask, yes, file, line) != 0; }
 inline int __all_sync(unsigned mask, int yes, EMULATED_HERE) { return __ballot_sync(mask, yes, file, line) == mask; }
 #undef EMULATED_HERE
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 // --- memory ----------------------------------------------------------------------------------------------------------
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldca(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> T __ldlu(const T* p) { return *p; }
-template <class T> void __stwb(T* p, T v) { *p = v; }
-template <class T> void __stcg(T* p, T v) { *p = v; }
-template <class T> void __stcs(T* p, T v) { *p = v; }
-template <class T> void __stwt(T* p, T v) { *p = v; }
-inline int atomicAdd(int* p, int v) { const int old = *p; *p += v; return old; }
-inline unsigned atomicAdd(unsigned* p, unsigned v) { const unsigned old = *p; *p += v; return old; }
+// On GPUs an access to global memory whatever the address: one in shared memory goes astray.
+template <class T> void __stwb(T* p, T v) { emulated::check_global(p), *p = v; }
 
 // --- arithmetic ------------------------------------------------------------------------------------------------------
 using std::max;

@@ -286,6 +286,12 @@ void run(const char* name, dim3 blocks, dim3 threads, size_t shared, void (*call
 
 unsigned char* dynamic_shared() { return grid.memory; }
 
+void check_global(const void* p) {
+  const auto lies_in = [p](const unsigned char* begin, const unsigned char* end) { return begin <= p && p < end; };
+  if (lies_in(grid.memory, grid.memory + sizeof grid.memory) || lies_in(shared_begin, shared_end))
+    fail(text(*grid.thread) + " stores to shared memory by an instruction for global memory");
+}
+
 void block_barrier(Place place) { wait(&Warp::waiting, place); }
 
 uint64_t warp_exchange(Shuffle kind, unsigned mask, uint64_t value, int by, int width, Place place) {

@@ -112,6 +112,16 @@ __global__ void beyond_shared_kernel(int at) {
   DIFUSE_DYNAMIC_SHARED(memory);
   memory[at] = 1;
 }
+__global__ void store_to_shared_kernel() {
+  alignas(16) __shared__ float values[4 * 32];
+  const float four[4] = {1, 2, 3, 4};
+  store(values + 4 * threadIdx.x, four);
+}
+__global__ void store_to_dynamic_kernel() {
+  DIFUSE_DYNAMIC_SHARED(memory);
+  const float four[4] = {1, 2, 3, 4};
+  store(reinterpret_cast<float*>(memory) + 4 * threadIdx.x, four);
+}
 __global__ void unwritten_kernel(float* out, int which) {  // reads what nobody wrote
   __shared__ float values[64];
   DIFUSE_DYNAMIC_SHARED(memory);
@@ -202,6 +212,15 @@ PROBE(missing_barrier, (float* out, int threads, int towards),
       start("missing_barrier", missing_barrier_kernel, 1, threads, 0, out, towards))
 PROBE(missing_second_barrier, (float* out),
       start("missing_second_barrier", missing_second_barrier_kernel, 1, 64, 0, out))
+PROBE(store_to_shared, (), start("store_to_shared", store_to_shared_kernel, 1, 32, 0))
+PROBE(store_to_dynamic, (), start("store_to_dynamic", store_to_dynamic_kernel, 1, 32, 32 * 16))
+PROBE(refusal, (int error, int device, int stream), {
+  struct Other final : Queue {
+    float* scratch(int64_t) override { return nullptr; }
+  } queue;
+  queue.device = device, queue.stream = reinterpret_cast<void*>(int64_t(stream));
+  refuse(cudaError_t(error), "probe", queue);
+})
 PROBE(last_thread, (int* out, int blocks, int threads),
       start("last_thread", last_thread_kernel, blocks, threads, 0, out))
 PROBE(outside, (float* p, int read_at, int write_at), start("outside", outside_kernel, 1, 1, 0, p, read_at, write_at))

@@ -19,7 +19,8 @@ class Graphs:
 
     A step is recorded anew for another model, shape, dtype, autocast or `use_backend`, and where weights have moved to
     other memory. It holds on to its model, and to the memory of one step. After a change that moves no weight, such as
-    a new hook or another active adapter, call `clear()`.
+    a new hook, another active adapter or other precision switches of torch, call `clear()`. The buffers are shared by
+    all calls: use one Graphs from one thread and one stream at a time.
     """
 
     def __init__(self, keep=4):
@@ -42,7 +43,7 @@ class Graphs:
         Raises ValueError for tensors that are not on a GPU, RuntimeError where the step cannot be recorded.
         """
         weights = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
-        places = tuple([weight.data_ptr() for weight in weights])
+        places = tuple([(weight.data_ptr(), weight.dtype, weight.shape, weight.stride()) for weight in weights])
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         training = getattr(model, "training", None)
         surroundings = (id(model), places, autocast, training, forced_backend(), *settings)
@@ -65,19 +66,14 @@ class Captured:
     """step(x, *inputs) -> the next x, recorded for tensors of one shape each (None stays None)."""
 
     def __init__(self, step, inputs):
-        self.inputs = [t if t is None else t.clone() for t in inputs]
+        with torch.inference_mode(False):  # buffers that may be written in any mode
+            self.inputs = [t if t is None else t.clone() for t in inputs]
         self._step = step  # and by it the model, whose weights the graph knows by their addresses
 
         def advance():
             self.inputs[0].copy_(step(*self.inputs))
 
-        try:
-            self._replay = record(advance, inputs[0].device)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"Graphs: the step could not be recorded ({error}). A recorded model must not read values back "
-                "(.item(), .cpu(), a branch on a tensor); sample without graphs"
-            ) from error
+        self._replay = record(advance, inputs[0].device)
 
     def __call__(self, *inputs):
         """The next x, in `inputs[0]`, whose buffer it may be given."""
@@ -95,19 +91,45 @@ class Captured:
         return self.inputs[0]
 
 
+_streams = {}  # device -> the stream that steps are recorded on: what libraries keep per stream is kept once
+
+
 def record(function, device):
-    """A function that replays `function`, which reads and writes tensors that stay where they are."""
+    """A function that replays `function`, which reads and writes tensors that stay where they are.
+
+    Raises what `function` raises, and RuntimeError where it waits for the device: a graph cannot hold that.
+    """
     if device.type != "cuda":
         raise ValueError(f"Graphs: the state is on {device}; CUDA graphs need a GPU. Sample without graphs there")
     # autocast's cache of rounded weights dies with its block; a graph that had used it would read freed memory
     uncached = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
     with torch.cuda.device(device), uncached:
-        warm_up = torch.cuda.Stream()
-        warm_up.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(warm_up):  # kernels are compiled, libraries set up: not allowed while recording
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream()
+        stream, before = _streams[device], torch.cuda.current_stream()
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):  # kernels are compiled, libraries set up: not allowed while recording
             function()
-        torch.cuda.current_stream().wait_stream(warm_up)
+            _run_without_waiting(function)
+        before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with (torch.cuda.stream(before),  # also after a failure, which leaves the graph's stream current
+              torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")):
             function()
     return graph.replay
+
+
+def _run_without_waiting(function):
+    """Once more before recording: a recording that fails leaves torch's allocator in disorder."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"Graphs: the step cannot be recorded ({error}). A recorded model must not read values back (.item(), "
+            ".cpu(), a branch on a tensor); sample without graphs") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

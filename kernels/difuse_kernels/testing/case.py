@@ -59,19 +59,21 @@ class Maker:
 
 
 def outgoing(output, layout, seed=1, only=None, work=None):
-    """A random gradient for `output`, lying in memory as `layout` says; sample `only` of the whole batch's gradient."""
+    """A random gradient for `output`, lying in memory as `layout` says; sample `only` of the whole batch's gradient.
+
+    Drawn on the output's device (a GPU's production shapes take minutes on a CPU), sample by sample, so that sample
+    b's gradient does not depend on the batch.
+    """
     batch = 1 if output.dim() == 0 else output.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    shape = list(output.shape)
+    shape, device = list(output.shape), output.device
     if layout == "expanded":  # what loss.sum() hands back: one number with stride 0
         value = torch.randn((), generator=generator, dtype=torch.float64)
         return value.to(output.dtype).to(work or output.dtype).to(output.device).expand(output.shape)
-    if only is not None:  # draw sample by sample, so that sample b's gradient does not depend on the batch
-        batch = only + 1
-    rows = [torch.randn(shape[1:], generator=torch.Generator().manual_seed(seed + b), dtype=torch.float64)
-            for b in range(batch)]
-    grad = torch.stack(rows[only:] if only is not None else rows) if rows else torch.zeros(shape, dtype=torch.float64)
-    grad = grad.to(output.dtype).to(work or output.dtype).to(output.device)
+    rows = [torch.randn(shape[1:], generator=torch.Generator(device).manual_seed(seed + b), dtype=torch.float64,
+                        device=device) for b in (range(batch) if only is None else [only])]
+    grad = torch.stack(rows) if rows else torch.zeros(shape, dtype=torch.float64, device=device)
+    grad = grad.to(output.dtype).to(work or output.dtype)
     if layout == "transposed" and grad.dim() > 1:
         grad = grad.transpose(-1, -2).contiguous().transpose(-1, -2)
     return grad

@@ -22,7 +22,7 @@ def _expanded(make):
 
 
 def _shifted(make):
-    h = make("h", 2, 3, 2 * 24 + 1)[..., 1:]  # F fills vectors of 16 bytes, no address and no stride is a multiple of 16
+    h = make("h", 2, 3, 2 * 24 + 1)[..., 1:]  # F fills vectors of 16 bytes; addresses and strides are none
     return (h,), dict(activation="silu")
 
 
