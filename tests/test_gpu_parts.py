@@ -180,7 +180,9 @@ def test_model_rows_and_their_gate(monkeypatch, rows, batch):
     monkeypatch.setattr(rivals, "compiled", lambda function, **options: function)
     (row,) = rows(DRY, 256, batch, compiles=True)
     assert row["gate"]["ok"], row["gate"]
-    assert {"difuse", "eager", "compile"} <= row["times"].keys() and row["memory"].keys() == row["times"].keys()
+    assert {"difuse", "eager", "compile"} <= row["times"].keys()
+    replayed = {"difuse"} if rows is gpu_model.sampling_rows else set()  # no memory is given where a graph is replayed
+    assert row["memory"].keys() == row["times"].keys() - replayed
     spoil(monkeypatch, "attention_packed", lambda out: out * 1.1)
     monkeypatch.setattr("difuse.models.layers.attention_packed", difuse_kernels.attention_packed)
     (row,) = rows(DRY, 256, batch)

@@ -382,7 +382,7 @@ def test_nvidia_smi_is_only_read(monkeypatch):
 
     def run(command, **options):
         asked.append(command)
-        return types.SimpleNamespace(stdout=", ".join("abcdefghi") + "\n")
+        return types.SimpleNamespace(stdout=", ".join("abcdefgh") + "\n")
 
     monkeypatch.setattr(gpu_device.subprocess, "run", run)
     assert gpu_device.driver()["driver_version"] == "a"
