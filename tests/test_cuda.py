@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -83,6 +84,14 @@ def test_a_gpu_older_than_the_build_is_refused(capability, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(native_cuda, "_refusals", {})
     assert native_cuda._why_not_device(0) == words
+
+
+@needs_emulation
+def test_another_accelerators_tensors_are_refused():
+    """Their numbers start at 0 too."""
+    x = SimpleNamespace(get_device=lambda: 0, is_cuda=False, is_cpu=False, dtype=torch.float32, shape=(1, 2, 8),
+                        is_contiguous=lambda: True, device=SimpleNamespace(type="xpu"))
+    assert native_cuda.unsupported((x, None)) == "input 0 is on xpu"
 
 
 @needs_emulation

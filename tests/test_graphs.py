@@ -4,6 +4,7 @@ Without a GPU `record` is replaced by a stand-in that runs the function again: b
 """
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import difuse
 from difuse.diffusion import VP, Flow, ddim, initial_noise
 from difuse.inference import graphs as graphs_module
+from difuse.inference.sample import _Done
 from difuse.models import DiT
 
 HAS_GPU = torch.cuda.is_available()
@@ -256,3 +258,36 @@ def test_after_a_model_that_waits_the_process_is_as_before(model):
              graphs=difuse.Graphs())
     assert torch.cuda.current_stream() == before and torch.cuda.get_sync_debug_mode() == 0
     assert torch.equal(images(model, difuse.Graphs()), images(model, None))
+
+
+class Event:
+    """A device's mark in its stream, done when it is told to be."""
+
+    def __init__(self):
+        self.done = False
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+def test_the_bar_shows_what_a_gpu_has_done_and_waits_for_it_at_the_end_only(monkeypatch):
+    events, shown = [], []
+
+    def record_event():
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=record_event))
+    done = _Done(SimpleNamespace(update=lambda: shown.append(sum(event.done for event in events))))
+    x = SimpleNamespace(is_cuda=True, device="cuda:0")
+    done.count(x)
+    done.count(x)
+    assert not shown  # the host is two steps ahead
+    events[0].done = True
+    done.count(x)
+    assert shown == [1]
+    done.wait()
+    assert shown == [1, 2, 3]

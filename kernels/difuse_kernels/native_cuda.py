@@ -57,14 +57,14 @@ def _why_not(inputs, index):
 
 def unsupported(inputs):
     """What the CUDA kernels refuse in any op: dtype, device, an old GPU, a strided last dimension."""
-    index = inputs[0].get_device()  # compared faster than devices are; -1 of a tensor that is on none
-    fits = index >= 0
+    index = inputs[0].get_device()  # compared faster than devices are; -1 where there are no numbers
+    fits = gpu = inputs[0].is_cuda
     for tensor in inputs:  # once, and in line: every microsecond here is one of every call
         if tensor is not None and not (tensor.dtype in KERNEL_DTYPES and tensor.get_device() == index
                                        and (tensor.is_contiguous() or tensor.stride()[-1] == 1)):
             fits = False
     reason = None if fits else _why_not(inputs, index)
-    return reason or (_why_not_device(index) if index >= 0 else None)
+    return reason or (_why_not_device(index) if gpu else None)
 
 
 def empty(shape, dtype, like):
