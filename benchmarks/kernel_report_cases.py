@@ -173,6 +173,25 @@ def _fused(B, S, D, stream=None):
     return build
 
 
+def _tables(op, B, S, D, per_token=False):
+    """Rows of a float32 table beside views of an embedding: `op` is the one that takes it."""
+    def build(make):
+        table = make(6, D, dtype=torch.float32).unbind(0)
+        temb = (make(B, S, 6, D) if per_token else make(B, 6, D)).unbind(-2)
+        gated = dict(gate_table=table[2]) if op != "norm_modulate" else {}
+        normed = dict(scale_table=table[4], shift_table=table[3]) if op != "gate_residual" else {}
+        rows = (temb[2],) * len(gated) + ((temb[4], temb[3]) if normed else ())
+        return (*(make(B, S, D) for _ in range(1 + len(gated))), *rows), gated | normed
+    return build
+
+
+def _dual(B, S, D):
+    def build(make):
+        temb = make(B, 9 * D).chunk(9, dim=1)
+        return (make(B, S, D), temb[1], temb[0], temb[7], temb[6]), {}
+    return build
+
+
 ADALN = [Call(op, name, build(B, S, D), quick=name == "DiT-XL/2 256")
          for op, build in (("norm_modulate", _norm), ("gate_residual", _gate), ("gate_residual_norm_modulate", _fused))
          for name, B, S, D in _WIDTHS] + [
@@ -180,6 +199,12 @@ ADALN = [Call(op, name, build(B, S, D), quick=name == "DiT-XL/2 256")
     Call("norm_modulate", "Wan 5B, per token", _norm_per_token(1, 27280, 3072), quick=True),
     Call("norm_modulate", "Wan cross, affine", _norm_affine(1, 32760, 5120, "layer"), quick=True),
     Call("norm_modulate", "LLaDA, RMS affine", _norm_affine(1, 4096, 4096, "rms")),
+    *[Call(op, f"{name}, table", _tables(op, *shape), quick=name != "Wan 480p")
+      for op in ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
+      for name, *shape in (("PixArt 1024", 4, 4096, 1152), ("Wan 480p", 1, 32760, 5120),
+                           ("Wan 5B, per token", 1, 27280, 3072, True))],
+    Call("norm_modulate_dual", "SD3.5-M 1024", _dual(4, 4096, 1536), quick=True),
+    Call("norm_modulate_dual", "SD3.5-M 512", _dual(8, 1024, 1536)),
     Call("gate_residual_norm_modulate", "Wan, fp32 stream", _fused(1, 32760, 5120, torch.float32)),
 ]
 
@@ -270,4 +295,21 @@ GATED_ACTIVATION = [
     Call("gated_activation", "SDXL 1024", _gated(4, 1024, 5120, "gelu", "second"), quick=True),
 ]
 
-CALLS = [*ATTENTION, *ADALN, *QK_NORM_ROPE, *GATED_ACTIVATION, *PATCHIFY, *SAMPLER_STEP]
+
+def _group_norm(B, C, *spatial, last=False, add=True, activation="silu", eps=1e-5):
+    def build(make):
+        x = make(B, *spatial, C).movedim(-1, 1) if last else make(B, C, *spatial)
+        more = dict(add=make(B, C)) if add else {}
+        return (x, 32, make(C), make(C)), dict(activation=activation, eps=eps, **more)
+    return build
+
+
+GROUP_NORM_ACT = [
+    Call("group_norm_act", "SDXL 1024", _group_norm(4, 320, 128, 128), quick=True),
+    Call("group_norm_act", "SDXL 1024, channels_last", _group_norm(4, 320, 128, 128, last=True), quick=True),
+    Call("group_norm_act", "SDXL 1024, inner", _group_norm(4, 1280, 32, 32)),
+    Call("group_norm_act", "VAE decoder 1024", _group_norm(1, 128, 1024, 1024, add=False, eps=1e-6), training=False),
+    Call("group_norm_act", "SDXL 1024, before attention", _group_norm(4, 640, 64, 64, add=False, activation="none")),
+]
+
+CALLS = [*ATTENTION, *ADALN, *QK_NORM_ROPE, *GATED_ACTIVATION, *GROUP_NORM_ACT, *PATCHIFY, *SAMPLER_STEP]

@@ -16,12 +16,14 @@ BACKWARD_READS = {
     "norm_modulate": ((0, 1), ()),
     "gate_residual": ((1, 2), ()),
     "gate_residual_norm_modulate": ((1, 2, 3), (0,)),
+    "norm_modulate_dual": ((0, 1, 3), ()),
     "attention": ((0, 1, 2), (0,)),
     "attention_packed": ((0,), (0,)),
     "patchify": ((), ()),
     "unpatchify": ((), ()),
     "sampler_step": ((), ()),
     "gated_activation": ((0,), ()),
+    "group_norm_act": ((0,), ()),
     "qk_norm_rope": ((0, 1), ()),
     "qk_norm_rope_joint": (tuple(9 * i + field for i in range(4) for field in (0, 1, 7, 8)), ()),  # v's is handed on
 }
@@ -29,7 +31,9 @@ FLOPS_PER_ELEMENT = {  # forward, backward; LayerNorm 6, modulate 2, gate 2, an 
     "norm_modulate": (8, 13),
     "gate_residual": (2, 3),
     "gate_residual_norm_modulate": (10, 16),
+    "norm_modulate_dual": (10, 18),
     "gated_activation": (10, 20),
+    "group_norm_act": (17, 28),
     "qk_norm_rope": (8, 16),
     "qk_norm_rope_joint": (8, 16),
     "patchify": (0, 0),
@@ -76,7 +80,7 @@ def work(op, args, kwargs, outputs, backward):
         again_inputs, again_outputs = BACKWARD_READS[op]
         again = [inputs[i] for i in again_inputs if i < len(inputs)] + [outputs[i] for i in again_outputs]
         if again_inputs:
-            again += [kwargs.get(name) for name in ("weight", "cos", "sin")]
+            again += [kwargs.get(name) for name in ("weight", "gate_table", "scale_table", "cos", "sin")]
         handed_on = {"gate_residual": inputs[:1], "qk_norm_rope_joint": inputs[2::9]}.get(op, ())
         gradients = [t for t in tensors if t.requires_grad and not any(t is other for other in handed_on)]
         incoming = outputs[:2] if op == "qk_norm_rope_joint" else outputs

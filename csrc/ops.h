@@ -42,14 +42,48 @@ struct Queue {
 // X(name, arguments): outputs are preallocated by the caller and overwritten, never accumulated into. They share no memory
 // with inputs.
 // On the CPU only.
-#define DIFUSE_ATTENTION(X)                                                                                            \
+#define DIFUSE_CPU_ONLY(X)                                                                                             \
   /* kv_lengths, key_bias and stats may be absent. stats [B,H,Sq,2] f32: each query's largest score and 1 / sum. */    \
   X(attention_forward, (const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_lengths,                   \
                         const Tensor& key_bias, float scale, const Tensor& out, const Tensor& stats))                  \
   /* Gradients that are absent are not computed; dbias is key_bias's. */                                               \
   X(attention_backward, (const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,                        \
                          const Tensor& kv_lengths, const Tensor& key_bias, float scale, const Tensor& stats,           \
-                         const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias))
+                         const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias))                   \
+  /* x and y [B,C,*spatial], in memory so or, with `last`, [B,*spatial,C]. add [B,C] (any strides), weight and bias    \
+     [C], mean and rstd [B,groups] f32 may be absent. */                                                               \
+  X(group_norm_act_forward, (const Tensor& x, const Tensor& add, const Tensor& weight, const Tensor& bias,             \
+                             int64_t groups, bool silu, float eps, bool last, const Tensor& y, const Tensor& mean,     \
+                             const Tensor& rstd))                                                                      \
+  /* dy, x and dx lie in memory alike. Gradients that are absent are not computed. */                                  \
+  X(group_norm_act_backward, (const Tensor& dy, const Tensor& x, const Tensor& add, const Tensor& weight,              \
+                              const Tensor& bias, const Tensor& mean, const Tensor& rstd, int64_t groups, bool silu,   \
+                              bool last, const Tensor& dx, const Tensor& dadd, const Tensor& dweight,                  \
+                              const Tensor& dbias))                                                                    \
+  /* As on all machines, with tables [D], any of them absent, added in float32 to every row of their modulation. */    \
+  X(adaln_tables_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& scale,                  \
+                           const Tensor& shift, const Tensor& weight, const Tensor& bias, const Tensor& gate_table,    \
+                           const Tensor& scale_table, const Tensor& shift_table, bool rms, float eps,                  \
+                           const Tensor& x_new, const Tensor& h, const Tensor& mean, const Tensor& rstd))              \
+  X(adaln_tables_backward, (const Tensor& dx_new, const Tensor& dh, const Tensor& x_new, const Tensor& y,              \
+                            const Tensor& gate, const Tensor& scale, const Tensor& shift, const Tensor& weight,        \
+                            const Tensor& bias, const Tensor& gate_table, const Tensor& scale_table,                   \
+                            const Tensor& shift_table, const Tensor& mean, const Tensor& rstd, bool rms,               \
+                            const Tensor& dx, const Tensor& dy, const Tensor& dgate, const Tensor& dscale,             \
+                            const Tensor& dshift, const Tensor& dweight, const Tensor& dbias,                          \
+                            const Tensor& dgate_table, const Tensor& dscale_table, const Tensor& dshift_table))        \
+  X(gate_residual_table_forward, (const Tensor& x, const Tensor& y, const Tensor& gate, const Tensor& gate_table,      \
+                                  const Tensor& out))                                                                  \
+  X(gate_residual_table_backward, (const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& gate_table,  \
+                                   const Tensor& dy, const Tensor& dgate, const Tensor& dgate_table))                  \
+  /* h and h2: one norm of x, modulated twice. All four modulations have a row per sample or all a row per token. */   \
+  X(norm_modulate_dual_forward, (const Tensor& x, const Tensor& scale, const Tensor& shift, const Tensor& scale2,      \
+                                 const Tensor& shift2, bool rms, float eps, const Tensor& h, const Tensor& h2,         \
+                                 const Tensor& mean, const Tensor& rstd))                                              \
+  X(norm_modulate_dual_backward, (const Tensor& dh, const Tensor& dh2, const Tensor& x, const Tensor& scale,           \
+                                  const Tensor& shift, const Tensor& scale2, const Tensor& shift2, const Tensor& mean, \
+                                  const Tensor& rstd, bool rms, const Tensor& dx, const Tensor& dscale,                \
+                                  const Tensor& dshift, const Tensor& dscale2, const Tensor& dshift2))
 
 // On the CPU and on GPUs.
 #define DIFUSE_OPS(X)                                                                                                  \
@@ -92,7 +126,7 @@ struct Queue {
   X(gate_residual_backward, (const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& dy,                \
                              const Tensor& dgate))
 
-#define DIFUSE_CPU_OPS(X) DIFUSE_ATTENTION(X) DIFUSE_OPS(X)
+#define DIFUSE_CPU_OPS(X) DIFUSE_CPU_ONLY(X) DIFUSE_OPS(X)
 
 struct CpuOps {
 #define DIFUSE_POINTER(name, arguments) void(*name) arguments;

@@ -1,6 +1,9 @@
 """What is special to adaln: partial gradients, refusals, mixed modulation, and errors that help."""
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import difuse_kernels
 from difuse_kernels import (
@@ -9,8 +12,11 @@ from difuse_kernels import (
     gate_residual,
     gate_residual_norm_modulate,
     norm_modulate,
+    norm_modulate_dual,
+    triton_launch,
     use_backend,
 )
+from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.eager import EAGER
 from difuse_kernels.testing.numerics import backends_here, device_of
 
@@ -62,6 +68,164 @@ def test_the_rounded_sum_is_what_is_normalised(D, backend):
     x, y = (draw(2, 9, D, seed=i).bfloat16().to(device_of(backend)) for i in range(2))
     x_new, h = gate_residual_norm_modulate(x, y, backend=backend)
     assert torch.equal(h, norm_modulate(x_new, backend=backend))
+
+
+ADALN = {"norm_modulate": norm_modulate, "gate_residual": gate_residual,
+         "gate_residual_norm_modulate": gate_residual_norm_modulate}
+each_table_backend = pytest.mark.parametrize(  # CUDA C++ refuses tables
+    "backend", [b for b in backends_here("norm_modulate_dual") if b != "reference"])
+
+
+def tabled(op, per_token, dtype=torch.float32, B=5, S=70, D=40, device="cpu"):
+    """(args, kwargs, leaves) of a call with every table: modulations are strided views of one embedding."""
+    x, y = (draw(B, S, D, seed=i).to(device, dtype).requires_grad_() for i in range(2))
+    temb = draw(*((B, S) if per_token else (B,)), 6, D, seed=2).to(device, dtype).requires_grad_()
+    table = draw(6, D, seed=3).to(device).requires_grad_()
+    rows, learned = temb.unbind(-2), table.unbind(0)
+    args = {"norm_modulate": (x, rows[1], rows[0]), "gate_residual": (x, y, rows[2]),
+            "gate_residual_norm_modulate": (x, y, rows[2], rows[4], rows[3])}[op]
+    kwargs = {"norm_modulate": dict(scale_table=learned[1], shift_table=learned[0]),
+              "gate_residual": dict(gate_table=learned[2]),
+              "gate_residual_norm_modulate": dict(gate_table=learned[2], scale_table=learned[4],
+                                                  shift_table=learned[3])}[op]
+    return args, kwargs, dict(x=x, y=y, temb=temb, table=table)
+
+
+@each_table_backend
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_sample", "per_token"])
+@pytest.mark.parametrize("op", ADALN)
+def test_table_gradients_are_summed_before_rounding(op, per_token, backend):
+    """In bfloat16 the float32 table's gradient is float32's: sums of rounded rows would be off by 1e-3."""
+    found = []
+    for name, work in ((backend, torch.bfloat16), ("reference", torch.float64)):
+        args, kwargs, leaves = tabled(op, per_token, torch.bfloat16, device=device_of(backend))
+        if work == torch.float64:
+            args, kwargs = [a.double() for a in args], {key: table.double() for key, table in kwargs.items()}
+        results = ADALN[op](*args, **kwargs, backend=name)
+        results = results if isinstance(results, tuple) else (results,)
+        # a loss through the last result alone: x' is rounded on the way into the norm, which no table's sum undoes
+        incoming = draw(*results[0].shape, seed=7).bfloat16().to(results[0])
+        last = results[0] if op == "gate_residual_norm_modulate" else results[-1]
+        found.append(torch.autograd.grad(last, leaves["table"], incoming)[0])
+    ours, truth = found
+    assert ours.dtype == torch.float32
+    error = (ours - truth).square().mean().sqrt() / truth.square().mean().sqrt()
+    assert error < 2e-6, error
+
+
+@each_table_backend
+@pytest.mark.parametrize("per_token", [False, True], ids=["per_sample", "per_token"])
+@pytest.mark.parametrize("frozen", ["temb", "table", "x", "y"])
+@pytest.mark.parametrize("op", ADALN)
+def test_tables_and_modulations_are_frozen_apart(op, frozen, per_token, backend):
+    grads = []
+    for name in (backend, "reference"):
+        args, kwargs, leaves = tabled(op, per_token, device=device_of(backend))
+        if frozen == "temb":
+            args = [a if a is leaves["x"] or a is leaves["y"] else a.detach() for a in args]
+        elif frozen == "table":
+            kwargs = {key: table.detach() for key, table in kwargs.items()}
+        else:
+            args = [a.detach() if a is leaves[frozen] else a for a in args]
+        results = ADALN[op](*args, **kwargs, backend=name)
+        results = results if isinstance(results, tuple) else (results,)
+        wanted = [leaf for key, leaf in leaves.items() if key != frozen]
+        incoming = [draw(*out.shape, seed=7 + i).to(out) for i, out in enumerate(results)]
+        grads.append(torch.autograd.grad(results, wanted, incoming, allow_unused=True))
+    for ours, expected in zip(*grads, strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-4)
+
+
+@each_table_backend
+@pytest.mark.parametrize("used", [0, 1])
+def test_tables_get_zeros_or_sums_from_a_loss_through_one_output(used, backend):
+    grads = []
+    for name in (backend, "reference"):
+        args, kwargs, leaves = tabled("gate_residual_norm_modulate", True, device=device_of(backend))
+        out = gate_residual_norm_modulate(*args, **kwargs, backend=name)[used]
+        grads.append(torch.autograd.grad(out, list(leaves.values()), draw(*out.shape, seed=9).to(out)))
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-4)
+
+
+@each_table_backend
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("rows", ["per_sample", "per_token", "mixed"])
+def test_dual_loss_through_one_output_only(rows, used, backend):
+    grads = []
+    for name in (backend, "reference"):
+        shapes = [(3, 9, 24) if rows == "per_token" or (rows == "mixed" and i % 2) else (3, 24) for i in range(4)]
+        inputs = [draw(3, 9, 24), *(draw(*shape, seed=1 + i) for i, shape in enumerate(shapes))]
+        inputs = [leaf.to(device_of(backend)).requires_grad_() for leaf in inputs]
+        out = norm_modulate_dual(*inputs, backend=name)[used]
+        (out * draw(3, 9, 24, seed=9).to(out)).sum().backward()
+        grads.append([leaf.grad for leaf in inputs])
+    for ours, expected in zip(*grads, strict=True):
+        if expected is None:
+            assert ours is None or not ours.any()
+        else:
+            torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+@each_table_backend
+@pytest.mark.parametrize("frozen", range(5))
+def test_dual_frozen_input_gets_no_gradient_and_the_others_do(frozen, backend):
+    inputs = [draw(2, 35, 40, seed=i) if i == 0 else draw(2, 40, seed=i) for i in range(5)]
+    inputs = [leaf.to(device_of(backend)).requires_grad_(i != frozen) for i, leaf in enumerate(inputs)]
+    h, h2 = norm_modulate_dual(*inputs, backend=backend)
+    (h.square().sum() + h2.square().sum()).backward()
+    for i, leaf in enumerate(inputs):
+        assert (leaf.grad is None) == (i == frozen), i
+
+
+@each_table_backend
+def test_dual_is_two_modulations_of_one_norm(backend):
+    x, *rows = (draw(*shape, seed=i).to(device_of(backend)) for i, shape in enumerate([(2, 35, 40)] + [(2, 40)] * 4))
+    h, h2 = norm_modulate_dual(x, *rows, norm="rms", eps=1e-3, backend=backend)
+    assert torch.equal(h, norm_modulate(x, *rows[:2], norm="rms", eps=1e-3, backend=backend))
+    assert torch.equal(h2, norm_modulate(x, *rows[2:], norm="rms", eps=1e-3, backend=backend))
+
+
+class Large(TorchDispatchMode):
+    """Collects the tensors of `least` elements and more that operations return."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.seen = least, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen += isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= self.least
+        return result
+
+
+@each_table_backend
+@pytest.mark.parametrize("op", ADALN)
+def test_nothing_large_is_allocated_beside_the_outputs(op, backend):
+    args, kwargs, _ = tabled(op, per_token=True, device=device_of(backend))
+    interpreted = backend == "triton" and triton_launch.INTERPRETED  # the interpreter copies what it reads: not run
+    launches = triton_launch.recording("sm_90") if interpreted else nullcontext()
+    with torch.no_grad(), launches, Large(args[0].nbytes) as large:
+        results = ADALN[op](*args, **kwargs, backend=backend)
+    assert large.seen == (2 if isinstance(results, tuple) else 1)
+
+
+def test_cuda_kernels_refuse_what_they_have_not():
+    if "cuda" not in OPS["norm_modulate"].backends or OPS["norm_modulate"].missing("cuda") is not None:
+        pytest.skip("no CUDA C++ kernels here")
+    device = device_of("cuda")
+    for op in ADALN:
+        args, kwargs, _ = tabled(op, per_token=False, device=device)
+        with pytest.raises(RuntimeError, match="cuda: the CUDA C\\+\\+ kernels add no table to a modulation"):
+            ADALN[op](*args, **kwargs, backend="cuda")
+        for name in kwargs:  # each of them alone, too
+            if op != "gate_residual":
+                with pytest.raises(RuntimeError, match="add no table"):
+                    ADALN[op](*args, **{name: kwargs[name]}, backend="cuda")
+    with pytest.raises(RuntimeError, match="cuda: not written for this op yet"):
+        norm_modulate_dual(*(draw(*s).to(device) for s in [(2, 3, 8)] + [(2, 8)] * 4), backend="cuda")
 
 
 def test_residual_stream_stays_float32_under_bfloat16_branches():
@@ -161,6 +325,18 @@ BAD = [
     (lambda x: gate_residual(x, x[:, :3]), ValueError, r"y has shape \(2, 3, 8\); expected \(2, 4, 8\)"),
     (lambda x: gate_residual(x, x, x[0, 0]), ValueError, r"gate has shape \(8,\)"),
     (lambda x: gate_residual_norm_modulate(x, x, x[:, 0].int()), TypeError, "gate has dtype torch.int32"),
+    (lambda x: norm_modulate(x, scale_table=x[0, 0]), ValueError,
+     "norm_modulate: scale_table is given but scale is None; pass the scale that the table is added to"),
+    (lambda x: norm_modulate(x, x, shift_table=x[0, 0]), ValueError, "shift_table is given but shift is None"),
+    (lambda x: norm_modulate(x, x, x, scale_table=x[0]), ValueError, r"scale_table has shape \(4, 8\); expected"),
+    (lambda x: norm_modulate(x, x, x, shift_table=x[0, 0].long()), TypeError, "shift_table has dtype torch.int64"),
+    (lambda x: gate_residual(x, x, gate_table=x[0, 0]), ValueError, "gate_table is given but gate is None"),
+    (lambda x: gate_residual_norm_modulate(x, x, x, gate_table=2.0), TypeError, "gate_table is float"),
+    (lambda x: gate_residual_norm_modulate(x, x, scale=x, shift_table=x[0, 0]), ValueError, "shift is None"),
+    (lambda x: norm_modulate(x, x, scale_table=x[0, 0].to("meta")), ValueError, "inputs are on cpu and meta"),
+    (lambda x: norm_modulate_dual(x, x, x, x, None), TypeError, r"shift2 is NoneType; expected a tensor \[B,D\] or"),
+    (lambda x: norm_modulate_dual(x, x, x, x[:, 0, :3], x), ValueError, r"scale2 has shape \(2, 3\)"),
+    (lambda x: norm_modulate_dual(x, x, x, x, x, norm="batch"), ValueError, "norm is 'batch'"),
 ]
 
 

@@ -25,11 +25,18 @@ def reserved():
     return memory
 
 
+def _embedded(x, m, run):
+    """x as the embedding [2,24]: the image is dense, and one of 2^31 elements is more than a test has room for."""
+    return run(m.reshape(2, 24, 1).expand(2, 24, 5).contiguous(), 4, add=x[:, 32])
+
+
 CASES = {  # op -> call on x [2,33,24], or on heads in it, and m [2,24]
     "norm_modulate": lambda x, m, run: run(x, m, m),
     "gate_residual": lambda x, m, run: run(x, x, m),
     "gate_residual_norm_modulate": lambda x, m, run: run(x, x, m, m, m),
+    "norm_modulate_dual": lambda x, m, run: run(x, m, m, m, m),
     "gated_activation": lambda x, m, run: run(x),
+    "group_norm_act": _embedded,
     "attention": lambda x, m, run: run(*x.unflatten(2, (3, 1, 8)).unbind(2)),
     "attention_packed": lambda x, m, run: run(x.unflatten(2, (3, 1, 8))),
     "qk_norm_rope": lambda x, m, run: run(*x.unflatten(2, (3, 1, 8)).unbind(2)[:2]),
@@ -49,7 +56,7 @@ def test_offsets_beyond_two_to_the_31(op, backend, reserved):
     results = []
     for x in (far, far.contiguous()):
         x = x.detach().requires_grad_()
-        outputs = CASES[op](x, m, lambda *args: getattr(difuse_kernels, op)(*args, backend=backend))
+        outputs = CASES[op](x, m, lambda *args, **more: getattr(difuse_kernels, op)(*args, **more, backend=backend))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
         results.append([*(out.detach() for out in outputs), x.grad])

@@ -3,8 +3,10 @@
     op                                              contract, reference, launchers       C++ and CUDA C++ kernels
     attention                                       attention/                           csrc/attention/
     norm_modulate, gate_residual,
-    gate_residual_norm_modulate                     adaln/                               csrc/adaln/
+    gate_residual_norm_modulate,
+    norm_modulate_dual                              adaln/                               csrc/adaln/
     gated_activation                                gated_activation/                    csrc/gated_activation/
+    group_norm_act                                  group_norm_act/                      csrc/group_norm_act/ (CPU)
     patchify, unpatchify                            patchify/                            csrc/patchify/
     qk_norm_rope, qk_norm_rope_joint                qk_norm_rope/                        csrc/qk_norm_rope/
     sampler_step                                    sampler_step/                        csrc/sampler_step/
@@ -14,16 +16,18 @@ launcher of the C++ kernels for CPUs and CUDA, `<op>/<op>_triton.py` the kernels
 `python -m difuse_kernels` prints what runs on this machine.
 """
 from difuse_kernels.adaln.adaln import gate_residual, gate_residual_norm_modulate, norm_modulate
+from difuse_kernels.adaln.norm_modulate_dual import norm_modulate_dual
 from difuse_kernels.attention.attention import attention, attention_packed
 from difuse_kernels.dispatch import use_backend
 from difuse_kernels.explaining import explain, explain_reset
 from difuse_kernels.gated_activation.gated_activation import gated_activation
+from difuse_kernels.group_norm_act.group_norm_act import group_norm_act
 from difuse_kernels.patchify.patchify import patchify, unpatchify
 from difuse_kernels.qk_norm_rope.qk_norm_rope import Stream, qk_norm_rope, qk_norm_rope_joint
 from difuse_kernels.sampler_step.sampler_step import sampler_step
 
 __all__ = [
     "Stream", "attention", "attention_packed", "explain", "explain_reset", "gate_residual",
-    "gate_residual_norm_modulate", "gated_activation", "norm_modulate", "patchify", "qk_norm_rope",
-    "qk_norm_rope_joint", "sampler_step", "unpatchify", "use_backend",
+    "gate_residual_norm_modulate", "gated_activation", "group_norm_act", "norm_modulate", "norm_modulate_dual",
+    "patchify", "qk_norm_rope", "qk_norm_rope_joint", "sampler_step", "unpatchify", "use_backend",
 ]

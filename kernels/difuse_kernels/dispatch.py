@@ -7,6 +7,7 @@ module offers `<op>` itself, in differentiable PyTorch.
 import contextlib
 import importlib
 import os
+import threading
 import warnings
 from collections import Counter
 
@@ -27,6 +28,7 @@ MACHINES = {"cpu": native, "cuda": native_cuda}  # the C++ backends: one launche
 
 OPS = {}  # name -> Op, in order of definition
 _forced = "auto"  # of the process, not of a thread: backward passes run, and recompute, on threads of their own
+_here = threading.local()  # .backend wins in this thread: that of one model's forward, see difuse.accelerate
 _warned = set()
 
 
@@ -71,7 +73,7 @@ class Op:
     def select(self, requested, inputs):
         """The implementation to run. `inputs` is a tuple of tensors (or None) whose first entry is a tensor."""
         if requested == "auto":
-            requested = _forced
+            requested = forced_backend()
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return self._under_transform(requested)
         if requested != "auto":
@@ -107,9 +109,8 @@ class Op:
         return self.implementation("reference")
 
     def _announce(self, backend, refusals):
-        for refused, reason in refusals:
-            if refused not in self.backends:
-                continue
+        # from one kernel to the next is no fallback
+        for refused, reason in [r for r in refusals if r[0] in self.backends and backend == "reference"]:
             text = f"difuse: {self.name} runs on '{backend}', not on '{refused}': {reason}"
             if os.environ.get("DIFUSE_FAIL_ON_FALLBACK") == "1":
                 raise RuntimeError(text)
@@ -128,16 +129,16 @@ class Op:
 
 
 def forced_backend():
-    """The backend of the innermost `use_backend` block, or "auto"."""
-    return _forced
+    """The backend of this model's forward or of the innermost `use_backend` block, or "auto"."""
+    return getattr(_here, "backend", None) or _forced
 
 
 @contextlib.contextmanager
 def use_backend(name):
     """Inside the block every op called with backend="auto" runs on `name`, or raises if it cannot.
 
-    `use_backend("reference")` turns a model into its slow, plain-PyTorch self. Nested blocks override outer ones. It
-    rules the whole process, as torch's own switches do; an op's `backend=` rules one call.
+    `use_backend("reference")` turns a model into its slow self. Nested blocks override outer ones. It rules the whole
+    process, as torch's own switches do; an op's `backend=` rules one call.
     """
     global _forced
     if name != "auto" and name not in BACKENDS:

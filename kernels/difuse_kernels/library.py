@@ -54,10 +54,10 @@ def like(tensor, dtype=None):
     return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
 
 
-def _fresh(tensor, inputs):
+def _fresh(tensor, inputs, promised):
     """A registered op's result shares no memory with its inputs and has the strides that the fake promised."""
     shared = any(other is not None and torch._C._is_alias_of(tensor, other) for other in inputs)
-    return tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
+    return promised.copy_(tensor) if shared or tensor.stride() != promised.stride() else tensor
 
 
 def without_nones(tensors):
@@ -173,8 +173,8 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
         found = function.backward(ctx, *grads, *padding)[1 : 1 + len(needs)]
         found = [grad for grad, need in zip(found, needs, strict=True) if need]
         shapes = run_fake_backward(grads, saved, *rest)
-        return [torch.zeros_like(shape) if grad is None else _fresh(grad, grads)
-                for grad, shape in zip(found, shapes, strict=True)]
+        return [torch.zeros_like(promised) if grad is None else _fresh(grad, grads, promised)
+                for grad, promised in zip(found, shapes, strict=True)]
 
     def run_fake_backward(grads, saved, *rest):
         *values, at, needs, _ = rest

@@ -6,9 +6,11 @@ from math import prod
 
 import torch
 
-from difuse_kernels.adaln import adaln
+from difuse_kernels.adaln import adaln, norm_modulate_dual
 from difuse_kernels.attention import attention
 from difuse_kernels.gated_activation import gated_activation
+from difuse_kernels.group_norm_act import group_norm_act
+from difuse_kernels.group_norm_act.group_norm_act_layout import image_like
 from difuse_kernels.library import define, like, without_nones
 from difuse_kernels.patchify import patchify
 from difuse_kernels.qk_norm_rope import qk_norm_rope
@@ -20,13 +22,18 @@ def _rows(x, *_):
     return like(x), like(x[..., 0], torch.float32), like(x[..., 0], torch.float32)
 
 
-_NORM = "Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, str norm, float eps"
-define(adaln.NORM_MODULATE, adaln._NormModulate, f"Tensor x, {_NORM} -> (Tensor, Tensor, Tensor)", _rows,
+_NORM = "Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias"
+_TABLES = "Tensor? scale_table, Tensor? shift_table, str norm, float eps"
+define(adaln.NORM_MODULATE, adaln._NormModulate, f"Tensor x, {_NORM}, {_TABLES} -> (Tensor, Tensor, Tensor)", _rows,
        context="str norm")
-define(adaln.GATE_RESIDUAL, adaln._GateResidual, "Tensor x, Tensor y, Tensor? gate -> Tensor", lambda x, *_: like(x))
+define(adaln.GATE_RESIDUAL, adaln._GateResidual, "Tensor x, Tensor y, Tensor? gate, Tensor? gate_table -> Tensor",
+       lambda x, *_: like(x))
 define(adaln.GATE_RESIDUAL_NORM_MODULATE, adaln._GateResidualNormModulate,
-       f"Tensor x, Tensor y, Tensor? gate, {_NORM} -> (Tensor, Tensor, Tensor, Tensor)",
+       f"Tensor x, Tensor y, Tensor? gate, {_NORM}, Tensor? gate_table, {_TABLES} -> (Tensor, Tensor, Tensor, Tensor)",
        lambda x, *_: (like(x), *_rows(x)), context="str norm", results=2)
+define(norm_modulate_dual.NORM_MODULATE_DUAL, norm_modulate_dual._NormModulateDual,
+       "Tensor x, Tensor scale, Tensor shift, Tensor scale2, Tensor shift2, str norm, float eps"
+       " -> (Tensor, Tensor, Tensor, Tensor)", lambda x, *_: (like(x), *_rows(x)), context="str norm", results=2)
 
 
 def _attended(q, *_):
@@ -42,6 +49,22 @@ define(attention.ATTENTION_PACKED, attention._AttentionPacked, f"Tensor qkv, {_M
 
 define(gated_activation.GATED_ACTIVATION, gated_activation._GatedActivation,
        "Tensor h, str activation, str act_on -> Tensor", lambda h, *_: like(h[..., : h.shape[-1] // 2]))
+
+
+def _image_and_statistics(x, _add, _weight, _bias, groups, *_):
+    """group_norm_act: y in x's memory format, mean, rstd."""
+    return (image_like(x, x.new_empty), *(x.new_empty((x.shape[0], groups), dtype=torch.float32) for _ in range(2)))
+
+
+def _image_and_rows(_grads, saved, *_):
+    x, *rows = saved[:4]
+    return [image_like(x, x.new_empty), *(None if row is None else like(row) for row in rows)]
+
+
+define(group_norm_act.GROUP_NORM_ACT, group_norm_act._GroupNormAct,
+       "Tensor x, Tensor? add, Tensor? weight, Tensor? bias, int groups, str activation, float eps"
+       " -> (Tensor, Tensor, Tensor)", _image_and_statistics, context="int groups, str activation",
+       fake_backward=_image_and_rows)
 
 
 def _tokens(x, patch, _order):

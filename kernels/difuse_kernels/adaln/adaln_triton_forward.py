@@ -33,19 +33,28 @@ def load(P, rows, live, d, inside):
 
 
 @triton.jit
+def load_modulation(P, TABLE, rows, live, d, inside):
+    """A modulation, with its table's row added if it has one."""
+    modulation = load(P, rows, live, d, inside)
+    if TABLE is not None:
+        modulation += load(TABLE, rows * 0, live, d, inside)
+    return modulation
+
+
+@triton.jit
 def store(P, value, rows, live, d, inside):
     """The reverse of `load`, rounding."""
     tl.store(P + rows[:, None] + d, value.to(P.dtype.element_ty), mask=live[:, None] & inside)
 
 
 @triton.jit
-def _residual(X, Y, GATE, X_NEW, b, s, live, row, x_b, x_s, y_b, y_s, gate_b, gate_s, d, inside):
+def _residual(X, Y, GATE, GATE_TABLE, X_NEW, b, s, live, row, x_b, x_s, y_b, y_s, gate_b, gate_s, d, inside):
     """x' = x + gate * y, rounded to x's dtype, stored if X_NEW is there, in float32; without y x itself."""
     x = load(X, b * x_b + s * x_s, live, d, inside)
     if Y is not None:
         y = load(Y, b * y_b + s * y_s, live, d, inside)
         if GATE is not None:
-            y *= load(GATE, b * gate_b + s * gate_s, live, d, inside)
+            y *= load_modulation(GATE, GATE_TABLE, b * gate_b + s * gate_s, live, d, inside)
         rounded = (x + y).to(X.dtype.element_ty)
         x = rounded.to(tl.float32)
         if X_NEW is not None:
@@ -54,22 +63,24 @@ def _residual(X, Y, GATE, X_NEW, b, s, live, row, x_b, x_s, y_b, y_s, gate_b, ga
 
 
 @triton.jit
-def _modulate(H, x, mean, rstd, SCALE, SHIFT, WEIGHT, BIAS, b, s, live, row, scale_b, scale_s, shift_b, shift_s, d,
-              inside):
+def modulate(H, x, mean, rstd, SCALE, SHIFT, SCALE_TABLE, SHIFT_TABLE, WEIGHT, BIAS, b, s, live, row, scale_b, scale_s,
+             shift_b, shift_s, d, inside):
+    """Stores the modulated norm of x."""
     h = (x - mean[:, None]) * rstd[:, None]
     if WEIGHT is not None:
         h *= load(WEIGHT, s * 0, live, d, inside)
     if BIAS is not None:
         h += load(BIAS, s * 0, live, d, inside)
     if SCALE is not None:
-        h *= 1.0 + load(SCALE, b * scale_b + s * scale_s, live, d, inside)
+        h *= 1.0 + load_modulation(SCALE, SCALE_TABLE, b * scale_b + s * scale_s, live, d, inside)
     if SHIFT is not None:
-        h += load(SHIFT, b * shift_b + s * shift_s, live, d, inside)
+        h += load_modulation(SHIFT, SHIFT_TABLE, b * shift_b + s * shift_s, live, d, inside)
     store(H, h, row, live, d, inside)
 
 
 @triton.jit
-def _squares(x, mean, inside):
+def squares_of(x, mean, inside):
+    """Each row's sum of squares about its mean."""
     centred = tl.where(inside, x - mean[:, None], 0.0)
     return tl.sum(centred * centred, 1)
 
@@ -91,8 +102,8 @@ def token_rows(first, S, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["S"])
-def forward_kernel(X, Y, GATE, SCALE, SHIFT, WEIGHT, BIAS, X_NEW, H, MEAN, RSTD, eps, S,
-                   x_b, x_s, y_b, y_s, gate_b, gate_s, scale_b, scale_s, shift_b, shift_s,
+def forward_kernel(X, Y, GATE, SCALE, SHIFT, WEIGHT, BIAS, GATE_TABLE, SCALE_TABLE, SHIFT_TABLE, X_NEW, H, MEAN, RSTD,
+                   eps, S, x_b, x_s, y_b, y_s, gate_b, gate_s, scale_b, scale_s, shift_b, shift_s,
                    D: tl.constexpr, RMS: tl.constexpr, GIVEN: tl.constexpr, ROWS: tl.constexpr,
                    CHUNKS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
     """All three ops: no y is norm_modulate, no H is gate_residual. GIVEN: MEAN and RSTD are inputs."""
@@ -102,7 +113,8 @@ def forward_kernel(X, Y, GATE, SCALE, SHIFT, WEIGHT, BIAS, X_NEW, H, MEAN, RSTD,
     parts = ()
     for i in tl.static_range(CHUNKS + (TAIL > 0)):
         d, inside = part(i, start, D, CHUNKS, WIDTH, TAIL)
-        parts = parts + (_residual(X, Y, GATE, X_NEW, b, s, live, row, x_b, x_s, y_b, y_s, gate_b, gate_s, d, inside),)
+        parts = parts + (_residual(X, Y, GATE, GATE_TABLE, X_NEW, b, s, live, row, x_b, x_s, y_b, y_s, gate_b, gate_s,
+                                   d, inside),)
     if H is not None:
         if GIVEN:
             mean = tl.load(MEAN + b * S + s, mask=live, other=0.0)
@@ -116,19 +128,19 @@ def forward_kernel(X, Y, GATE, SCALE, SHIFT, WEIGHT, BIAS, X_NEW, H, MEAN, RSTD,
             squares = tl.zeros([ROWS], tl.float32)
             for i in tl.static_range(CHUNKS + (TAIL > 0)):
                 d, inside = part(i, start, D, CHUNKS, WIDTH, TAIL)
-                squares += _squares(parts[i], mean, inside)
+                squares += squares_of(parts[i], mean, inside)
             rstd = tl.rsqrt(squares / D + eps)
             if MEAN is not None:
                 tl.store(MEAN + b * S + s, mean, mask=live)
                 tl.store(RSTD + b * S + s, rstd, mask=live)
         for i in tl.static_range(CHUNKS + (TAIL > 0)):
             d, inside = part(i, start, D, CHUNKS, WIDTH, TAIL)
-            _modulate(H, parts[i], mean, rstd, SCALE, SHIFT, WEIGHT, BIAS, b, s, live, row, scale_b, scale_s, shift_b,
-                      shift_s, d, inside)
+            modulate(H, parts[i], mean, rstd, SCALE, SHIFT, SCALE_TABLE, SHIFT_TABLE, WEIGHT, BIAS, b, s, live, row,
+                     scale_b, scale_s, shift_b, shift_s, d, inside)
 
 
 @triton.jit(do_not_specialize=["S"])
-def statistics_kernel(X, Y, GATE, MEAN, RSTD, eps, S, x_b, x_s, y_b, y_s, gate_b, gate_s,
+def statistics_kernel(X, Y, GATE, GATE_TABLE, MEAN, RSTD, eps, S, x_b, x_s, y_b, y_s, gate_b, gate_s,
                       D: tl.constexpr, RMS: tl.constexpr, ROWS: tl.constexpr,
                       CHUNKS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr):
     """MEAN and RSTD of wide rows of x', block by block, twice."""
@@ -138,12 +150,13 @@ def statistics_kernel(X, Y, GATE, MEAN, RSTD, eps, S, x_b, x_s, y_b, y_s, gate_b
     if not RMS:
         for start in range(0, D, WIDTH):
             d, inside = columns(start, WIDTH, D, D % WIDTH == 0)
-            mean += tl.sum(_residual(X, Y, GATE, None, b, s, live, s, x_b, x_s, y_b, y_s, gate_b, gate_s, d, inside), 1)
+            x = _residual(X, Y, GATE, GATE_TABLE, None, b, s, live, s, x_b, x_s, y_b, y_s, gate_b, gate_s, d, inside)
+            mean += tl.sum(x, 1)
         mean /= D
     squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, WIDTH):
         d, inside = columns(start, WIDTH, D, D % WIDTH == 0)
-        x = _residual(X, Y, GATE, None, b, s, live, s, x_b, x_s, y_b, y_s, gate_b, gate_s, d, inside)
-        squares += _squares(x, mean, inside)
+        x = _residual(X, Y, GATE, GATE_TABLE, None, b, s, live, s, x_b, x_s, y_b, y_s, gate_b, gate_s, d, inside)
+        squares += squares_of(x, mean, inside)
     tl.store(MEAN + b * S + s, mean, mask=live)
     tl.store(RSTD + b * S + s, tl.rsqrt(squares / D + eps), mask=live)

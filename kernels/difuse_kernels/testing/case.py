@@ -20,6 +20,7 @@ class Case:
     why: str
     grad: str = "dense"  # "dense" | "transposed" | "expanded"
     speed: bool = False
+    refused_by: tuple = ()  # backends that have the op and do not take this case
 
     def __str__(self):
         return f"{self.op}-{self.name}"

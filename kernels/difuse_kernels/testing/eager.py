@@ -6,11 +6,14 @@ from difuse_kernels.patchify.patchify_reference import patchify, unpatchify  # e
 from difuse_kernels.sampler_step.sampler_step_reference import normals
 
 
-def _row(modulation):
+def _row(modulation, table=None):
+    if table is not None:
+        modulation = table + modulation.float()  # as Wan does it, which materialises the modulation in float32
     return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
 
 
-def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=None, eps=1e-6):
+def norm_modulate(x, scale=None, shift=None, *, scale_table=None, shift_table=None, norm="layer", weight=None,
+                  bias=None, eps=1e-6):
     """F.layer_norm or F.rms_norm, then modulate(), as in facebookresearch/DiT."""
     D = x.shape[-1:]
     weight = None if weight is None else weight.to(x.dtype)
@@ -20,22 +23,27 @@ def norm_modulate(x, scale=None, shift=None, *, norm="layer", weight=None, bias=
         h = F.rms_norm(x, D, weight, eps)
         h = h if bias is None else h + bias
     if scale is not None:
-        h = h * (1 + _row(scale))
+        h = h * (1 + _row(scale, scale_table))
     if shift is not None:
-        h = h + _row(shift)
+        h = h + _row(shift, shift_table)
     return h.to(x.dtype)
 
 
-def gate_residual(x, y, gate=None):
+def gate_residual(x, y, gate=None, *, gate_table=None):
     """x + gate * y in the dtype that promotion gives."""
-    return (x + (y if gate is None else _row(gate) * y)).to(x.dtype)
+    return (x + (y if gate is None else _row(gate, gate_table) * y)).to(x.dtype)
 
 
-def gate_residual_norm_modulate(x, y, gate=None, scale=None, shift=None, *, norm="layer", weight=None, bias=None,
-                                eps=1e-6):
+def gate_residual_norm_modulate(x, y, gate=None, scale=None, shift=None, *, gate_table=None, **settings):
     """The two above, one after the other."""
-    x = gate_residual(x, y, gate)
-    return x, norm_modulate(x, scale, shift, norm=norm, weight=weight, bias=bias, eps=eps)
+    x = gate_residual(x, y, gate, gate_table=gate_table)
+    return x, norm_modulate(x, scale, shift, **settings)
+
+
+def norm_modulate_dual(x, scale, shift, scale2, shift2, *, norm="layer", eps=1e-6):
+    """One norm and two modulate(), as in diffusers' SD35AdaLayerNormZeroX."""
+    h = norm_modulate(x, norm=norm, eps=eps)
+    return tuple((h * (1 + _row(a)) + _row(b)).to(x.dtype) for a, b in ((scale, shift), (scale2, shift2)))
 
 
 def attention(q, k, v, *, scale=None, kv_lengths=None, key_bias=None):
@@ -126,6 +134,17 @@ def gated_activation(h, *, activation="gelu", act_on="second"):
     return act(a) * b if act_on == "first" else a * act(b)
 
 
+def group_norm_act(x, groups, weight=None, bias=None, *, add=None, activation="none", eps=1e-5):
+    """The embedding added, F.group_norm, F.silu, as in diffusers' ResnetBlock2D."""
+    if add is not None:
+        x = (x + add.reshape(*add.shape, *(1 for _ in x.shape[2:]))).to(x.dtype)
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if weight is None and bias is not None:  # F.group_norm's backward pass fails on it
+        weight = torch.ones_like(bias)
+    h = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(h) if activation == "silu" else h
+
+
 EAGER = {f.__name__: f for f in (norm_modulate, gate_residual, gate_residual_norm_modulate, attention,
-                                 attention_packed, patchify, unpatchify, sampler_step,
-                                 gated_activation, qk_norm_rope, qk_norm_rope_joint)}
+                                 norm_modulate_dual, attention_packed, patchify, unpatchify, sampler_step,
+                                 gated_activation, group_norm_act, qk_norm_rope, qk_norm_rope_joint)}
