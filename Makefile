@@ -8,7 +8,7 @@ PART ?=
 TRITON_OLDEST := 3.6.0
 OLDEST := build/triton-$(TRITON_OLDEST)
 
-.PHONY: demo test lint bench kernels oldest-triton sanitize gpu gpu-dry native clean
+.PHONY: demo test lint equivalence bench kernels oldest-triton sanitize gpu gpu-dry native clean
 
 demo: $(READY)  ## train on real digits, sample, judge; pictures and report under demo/
 	$(BIN)/difuse demo $(ARGS)
@@ -18,6 +18,9 @@ test: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+
+equivalence: $(READY)  ## accelerated models of other libraries against the unmodified ones: docs/equivalence.md
+	$(BIN)/python -m benchmarks.equivalence $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run all $(ARGS)

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # threads that fight for the cores spin at barriers
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     from tests.emulation import build

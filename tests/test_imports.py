@@ -85,7 +85,7 @@ print(json.dumps([changed + gone, same, torch.cuda.is_initialized(),
     assert changed == [] and same_settings and not cuda
     assert package in brought
     optional = {"triton", "diffusers", "transformers", "sklearn", "scipy", "matplotlib", "PIL", "pandas", "hypothesis",
-                "pytest", "pybind11"}
+                "pytest", "pybind11", "peft", "accelerate"}
     assert not optional & set(brought)
 
 

@@ -5,6 +5,8 @@
     with difuse.use_backend("reference"): ...      # the same program in plain PyTorch
     print(difuse.explain())                        # what ran where, and why
 
+    report = difuse.accelerate(pipe.transformer)   # a model of diffusers or facebookresearch, in place
+
 Names are imported on first use, so that `import difuse` costs little over `import torch`.
 """
 import importlib
@@ -13,14 +15,17 @@ __version__ = "0.1.0"
 
 _EXPORTS = {  # public name -> module that holds it
     "use_backend": "difuse_kernels",
-    "explain": "difuse_kernels",
+    "accelerate": "difuse.integrations",
+    "restore": "difuse.integrations",
+    "cache_conditioning": "difuse.integrations",
+    "explain": "difuse.integrations",
     "explain_reset": "difuse_kernels",
     "sample": "difuse.inference.sample",
     "Graphs": "difuse.inference.graphs",
     "Trainer": "difuse.training",
     "TrainConfig": "difuse.training",
 }
-_PACKAGES = ("models", "diffusion", "inference", "training", "evaluation")
+_PACKAGES = ("models", "diffusion", "integrations", "inference", "training", "evaluation")
 __all__ = ["__version__", *_EXPORTS, *_PACKAGES]
 
 
