@@ -1,12 +1,13 @@
 """docs/equivalence.md: how close accelerated models stay to the truth, next to eager, and how much faster they are.
 
-    python -m benchmarks.equivalence [--family flux ...] [--no-speed] [--compile] [--out docs/equivalence.md]
+    python -m benchmarks.equivalence [--family flux ...] [--only errors | speed] [--compile] [--out docs/equivalence.md]
 
-Without --family all of them, about an hour of two cores. Writes the file after every family, so that an interrupted
-run leaves a whole one.
+All of it is about an hour of two cores. Rows are kept in a .json file beside the document, which is written anew after
+every family: a run of one family, or an interrupted one, leaves the other families' rows as they were.
 """
 import argparse
 import copy
+import json
 import platform
 import subprocess
 import sys
@@ -137,11 +138,17 @@ def machine():
             f"{'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}; {versions}; commit {commit or '-'}")
 
 
-def document(proofs, speeds, arguments):
-    """docs/equivalence.md."""
+def document(found):
+    """docs/equivalence.md, of {family: {"errors": row, "speed": rows, "on": where}}."""
+    found = [found[name] for name in NAMES if name in found]
+    proofs = [entry["errors"] for entry in found if "errors" in entry]
+    speeds = [row for entry in found for row in entry.get("speed", ())]
+    places = "\n".join(f"- {place}" for place in sorted({entry["on"] for entry in found}))
     return f"""# Accelerated models next to the unmodified ones
 
-Made by `python -m benchmarks.equivalence{arguments}` on {machine()}.
+Made by `make equivalence` (`python -m benchmarks.equivalence`) on
+
+{places}
 
 ## Errors
 
@@ -170,22 +177,25 @@ def main(argv=None):
     """Write the report; returns 1 if an error is out of budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.equivalence", description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", choices=NAMES, default=NAMES, help="only these")
-    parser.add_argument("--no-speed", action="store_true", help="errors only")
+    parser.add_argument("--only", choices=("errors", "speed"), help="one of the two tables")
     parser.add_argument("--compile", action="store_true", help="torch.compile beside eager, float32")
     parser.add_argument("--out", type=Path, default=Path("docs/equivalence.md"))
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
-    said = "".join(f" {word}" for word in (argv if argv is not None else sys.argv[1:]))
-    proofs, speeds = [], []
+    state = args.out.with_suffix(".json")
+    found = json.loads(state.read_text()) if state.exists() else {}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in tqdm(args.family, desc="families", disable=None):
-        family = load(name)
-        proofs.append(proof(family))
-        if not args.no_speed:
-            speeds += speed(family, args.compile)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.out, document(proofs, speeds, said).encode())
+        family, entry = load(name), found.setdefault(name, {})
+        if args.only != "speed":
+            entry["errors"] = proof(family)
+        if args.only != "errors":
+            entry["speed"] = speed(family, args.compile)
+        entry["on"] = machine()
+        write_atomically(state, json.dumps(found, indent=1).encode())
+        write_atomically(args.out, document(found).encode())
     print(f"wrote {args.out}")
-    return int(any("OUT" in cell for row in proofs for cell in row))
+    return int(any("OUT" in cell for name in args.family for cell in found[name].get("errors", ())))
 
 
 if __name__ == "__main__":

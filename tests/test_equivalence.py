@@ -35,9 +35,13 @@ def test_errors_and_speeds_of_one_family(quick, tmp_path):
     assert " dB |" in text and "OUT OF BUDGET" not in text and "torch 2" in text and "threads" in text
 
 
-def test_no_speed(quick, tmp_path):
-    assert quick(["--family", "sit", "--no-speed", "--out", str(tmp_path / "e.md")]) == 0
-    assert "small block" not in (tmp_path / "e.md").read_text()
+def test_one_table_and_then_the_other(quick, tmp_path):
+    assert quick(["--family", "sit", "--only", "errors", "--out", str(tmp_path / "e.md")]) == 0
+    text = (tmp_path / "e.md").read_text()
+    assert " dB |" in text and "small block" not in text
+    assert quick(["--family", "sit", "--only", "speed", "--out", str(tmp_path / "e.md")]) == 0
+    text = (tmp_path / "e.md").read_text()
+    assert " dB |" in text and "small block" in text  # the errors of the run before are kept
 
 
 def broken(model, **options):
@@ -52,7 +56,7 @@ def test_errors_beyond_the_budget_are_said_and_the_status_is_1(quick, tmp_path, 
     monkeypatch.setattr(difuse, "accelerate", broken)
     with pytest.raises(AssertionError, match="sit, small block, float32: differs by .*; no speed"):
         quick(["--family", "sit", "--out", str(tmp_path / "e.md")])
-    assert quick(["--family", "sit", "--no-speed", "--out", str(tmp_path / "e.md")]) == 1
+    assert quick(["--family", "sit", "--only", "errors", "--out", str(tmp_path / "e.md")]) == 1
     assert "OUT OF BUDGET" in (tmp_path / "e.md").read_text()
 
 
