@@ -12,7 +12,8 @@ PRODUCTION = (  # op, name in kernel_report_cases; a tensor of each is some 20 t
     ("attention", "Flux 1024"), ("qk_norm_rope", "Flux 1024, single"), ("qk_norm_rope_joint", "Flux 1024"),
     ("gated_activation", "Flux.2 klein 1024"), ("gated_activation", "SDXL 1024"), ("patchify", "Wan 480p"),
     ("unpatchify", "Wan 480p"), ("norm_modulate", "SD3.5-L 1024"), ("attention_packed", "PixArt 1024"),
-    ("norm_modulate_dual", "SD3.5-M 1024"),
+    ("norm_modulate_dual", "SD3.5-M 1024"), ("group_norm_act", "SDXL 1024"),
+    ("group_norm_act", "SDXL 1024, channels_last"),
 )
 BATCHES = (("patchify", "DiT-XL/2 512, batch 2048", lambda make: ((make("x", 2048, 4, 64, 64), 2), {"order": "cpq"})),
            ("unpatchify", "DiT-XL/2 512, batch 2048",

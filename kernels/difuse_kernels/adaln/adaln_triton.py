@@ -208,7 +208,7 @@ def norm_modulate_dual_backward(grad, grad2, x, scale, shift, scale2, shift2, me
     token_grads = [g if _per_token(g) else None for g in grads]
     sample_grads = [None if _per_token(g) else g for g in grads]
     sums = any(g is not None for g in sample_grads)
-    config = configs.backward(S, D, x.element_size(), 3 + sum(map(_per_token, (scale, scale2))), arch)
+    config = configs.backward(S, D, x.element_size(), 3 + sum(map(_per_token, (scale, scale2))), arch, 4)
     runs, blocks = triton.cdiv(S, config.TOKENS), triton.cdiv(D, config.columns)
     partial = [_floats(B, runs, 2, D, like=x) for _ in range(2)] if sums else [None, None]
     c1 = c2 = None

@@ -87,8 +87,11 @@ def forward(D, itemsize, architecture):
     return Tile(1, *parts(D, 4 * warp), num_warps=4)  # four warps to a row: 4 times fewer registers
 
 
-def backward(S, D, itemsize, streams, architecture):
-    """The backward pass over tokens, which reads `streams` tensors: 2, with a residual 4, with rows per token more."""
+def backward(S, D, itemsize, streams, architecture, sums=2):
+    """The backward pass over tokens, which reads `streams` tensors: 2, with a residual 4, with rows per token more.
+
+    sums: how many modulations' gradients it keeps in registers; 4 at 12 elements of each a thread spill on sm_100.
+    """
     if architecture == "interpreter":
         row = parts(D, 64) if WHOLE_ROW_INTERPRETED[1] >= D else (1, 256, 0)
         return Run(8, *row, num_warps=4, TOKENS=16, STAGES=2)
@@ -104,7 +107,7 @@ def backward(S, D, itemsize, streams, architecture):
     if (stages - 1) * streams * D * itemsize > 64 << 10:
         stages = 1
     # one row at a time, up to 12 elements of it a thread: sm_90, D = 1152: 128 registers, 4 programs a multiprocessor
-    warps = next(n for n in (1, 2, 4, 8, 16) if n == 16 or 3 * n * warp >= 2 * D)
+    warps = next(n for n in (1, 2, 4, 8, 16) if n == 16 or 3 * n * warp >= sums * D)
     return Run(1, *parts(D, warps * warp), num_warps=warps, TOKENS=tokens, STAGES=stages)
 
 
