@@ -173,13 +173,13 @@ EXACT = ("gradcheck", "odd", "per_token", "narrow", "tables", "tables_per_token"
 
 @pytest.mark.parametrize("case", [c for c in cases() if c.name in EXACT], ids=str)
 def test_reference_gradcheck(case):
-    make = Maker(torch.float64)
+    make = Maker(torch.float64, work=torch.float64)
     args, kwargs = case.build(make)
     leaves = [leaf for leaf in make.leaves.values() if leaf.requires_grad]
     assert leaves
 
     def call(*values):
-        replay = Maker(torch.float64)
+        replay = Maker(torch.float64, work=torch.float64)
         values = dict(zip((n for n, leaf in make.leaves.items() if leaf.requires_grad), values, strict=True))
 
         def take(name, *shape, **options):

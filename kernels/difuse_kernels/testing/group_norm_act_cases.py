@@ -33,9 +33,9 @@ def _expanded_add(make):
 
 def _uneven_channels(make):
     """Channels far apart within a group: the mean of the group is no channel's."""
-    x = make("x", 2, 8, 6, 6)
-    far = make.constant(torch.linspace(-300, 300, 8), batched=False).to(x.dtype).reshape(8, 1, 1)
-    return (_last(x + far), 2, make("weight", 8, batched=False)), dict(activation="silu")
+    x = make("x", 2, 48, 6, 6)
+    far = make.constant(torch.linspace(-300, 300, 48), batched=False).to(x.dtype).reshape(48, 1, 1)
+    return (_last(x + far), 2, make("weight", 48, batched=False)), dict(activation="silu")
 
 
 def _row(name, build, why, **rest):
