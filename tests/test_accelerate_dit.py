@@ -461,7 +461,7 @@ def test_chunked_feed_forward_and_hooks_on_bypassed_norms():
     ({"cross_attention_norm": "layer_norm"}, "norm_cross is LayerNorm"),
     ({"residual_connection": True}, "adds its input or rescales"),
     ({"rescale_output_factor": 2.0}, "adds its input or rescales"),
-    ({"dim_head": 12, "heads": 4}, "expected a multiple of 8"),
+    ({"dim_head": 12, "heads": 4}, "its heads have 12 dimensions; the kernels take multiples of 8"),
     ({"scale_qk": False}, "its processor is AttnProcessor,"),
 ])
 def test_an_attention_with_an_option_that_is_not_fused_is_named(options, reason):

@@ -17,8 +17,8 @@ MODELS = ("sd3", "flux", "flux2", "qwenimage")
 draw = Draw(torch.float32)
 
 
-def same(module, kwargs, names=("hidden_states",)):
-    """Asserts that the module's accelerated twin gives its outputs and gradients but for rounding; the report."""
+def assert_same(module, kwargs, names=("hidden_states",)):
+    """The module's accelerated twin gives its outputs and gradients but for rounding. Returns the report."""
     ours = copy.deepcopy(module)
     report = difuse.accelerate(ours)
     found, wanted = (forward_and_gradients(each, (), kwargs, names) for each in (ours, module))
@@ -54,30 +54,30 @@ def test_joint_block(qk_norm, dual, last):
     block = randomise(JointTransformerBlock(32, 2, 16, context_pre_only=last, qk_norm=qk_norm, use_dual_attention=dual))
     text, image = block(draw(2, 5, 32), draw(2, 3, 32), draw(2, 32))
     assert (text is None) == last and image.shape == (2, 5, 32)
-    report = same(block, {"hidden_states": draw(2, 5, 32), "encoder_hidden_states": draw(2, 3, 32),
-                          "temb": draw(2, 32)}, ("hidden_states", "encoder_hidden_states", "temb"))
+    report = assert_same(block, {"hidden_states": draw(2, 5, 32), "encoder_hidden_states": draw(2, 3, 32),
+                                 "temb": draw(2, 32)}, ("hidden_states", "encoder_hidden_states", "temb"))
     assert report.blocks == (1, 1) and not report.left_alone
 
 
 def test_block_of_a_controlnet_without_text():
     from diffusers.models.transformers.transformer_sd3 import SD3SingleTransformerBlock
-    report = same(randomise(SD3SingleTransformerBlock(32, 2, 16)),
-                  {"hidden_states": draw(2, 5, 32), "temb": draw(2, 32)}, ("hidden_states", "temb"))
+    report = assert_same(randomise(SD3SingleTransformerBlock(32, 2, 16)),
+                         {"hidden_states": draw(2, 5, 32), "temb": draw(2, 32)}, ("hidden_states", "temb"))
     assert report.blocks == (1, 1) and not report.left_alone
 
 
 def test_stable_diffusion_3_without_norms_of_queries():
     from benchmarks.families import sd3
     model = sd3.build(qk_norm=None, dual_attention_layers=())
-    assert same(model, sd3.FAMILY.inputs(torch.float32)).blocks == (3, 3)
+    assert assert_same(model, sd3.FAMILY.inputs(torch.float32)).blocks == (3, 3)
 
 
 @pytest.mark.parametrize("qk_norm", ["layer_norm", "l2"])
 def test_other_norms_of_queries_are_left_alone(qk_norm):
     from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
     attn = randomise(Attention(query_dim=32, heads=2, dim_head=16, qk_norm=qk_norm, processor=JointAttnProcessor2_0()))
-    report = same(nn.ModuleDict({"attn": attn, "gelu": diffusers.models.activations.GEGLU(4, 4)})["attn"],
-                  {"hidden_states": draw(2, 5, 32)})
+    report = assert_same(nn.ModuleDict({"attn": attn, "gelu": diffusers.models.activations.GEGLU(4, 4)})["attn"],
+                         {"hidden_states": draw(2, 5, 32)})
     assert "query and key norms" in report.left_alone[""][1]
 
 
@@ -133,7 +133,7 @@ def test_an_ip_adapters_output_is_added():
     before = output(model, inputs, joint_attention_kwargs={"ip_hidden_states": [draw(2, 3, 20)]})
     inputs["joint_attention_kwargs"] = {"ip_hidden_states": [draw(2, 3, 20)]}
     assert not near(output(model, inputs), before)
-    report = same(model, inputs)
+    report = assert_same(model, inputs)
     assert report.blocks == (4, 4)
     assert set(report.left_alone) == {"transformer_blocks.0.attn", "transformer_blocks.1.attn"}
 
@@ -145,7 +145,21 @@ def test_an_attention_mask_is_honoured():
     mask[1, ..., 2] = False
     inputs = {"hidden_states": draw(2, 5, 48), "encoder_hidden_states": draw(2, 3, 48)}
     assert not near(output(attn, inputs, attention_mask=mask), output(attn, inputs))
-    same(attn, {**inputs, "attention_mask": mask})
+    assert_same(attn, {**inputs, "attention_mask": mask})
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_heads_that_the_kernels_do_not_take_are_left_alone(head_dim):
+    from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
+    from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+    reason = f"its heads have {head_dim} dimensions; the kernels take multiples of 8 up to 256"
+    table = draw(5, head_dim), draw(5, head_dim)
+    report = assert_same(randomise(FluxTransformerBlock(2 * head_dim, 2, head_dim)),
+                         {"hidden_states": draw(2, 3, 2 * head_dim), "encoder_hidden_states": draw(2, 2, 2 * head_dim),
+                          "temb": draw(2, 2 * head_dim), "image_rotary_emb": table})
+    assert report.blocks == (1, 1) and report.left_alone["attn"][1] == reason
+    report = difuse.accelerate(WanTransformerBlock(2 * head_dim, 32, 2))
+    assert {name: why for name, (_, why) in report.left_alone.items()} == {"attn1": reason, "attn2": reason}
 
 
 @pytest.mark.parametrize("controlled", [False, True])
@@ -153,7 +167,7 @@ def test_runs_of_tokens_are_joined_without_a_copy_where_they_neighbour(controlle
     model, inputs = load("flux").build(), load("flux").inputs(torch.float32)
     if controlled:  # a ControlNet adds to the image tokens between the blocks
         inputs["controlnet_single_block_samples"] = [draw(2, 15, 48), draw(2, 15, 48)]
-    same(model, inputs)
+    assert_same(model, inputs)
     x = draw(2, 7, 48)
     first, second = x[:, :3], x[:, 3:]
     assert joined(first, second) is x
@@ -172,14 +186,14 @@ def test_modulation_per_sample_for_all_and_per_token(shape):
         leading = {"[B,kD]": (2,), "[B,1,kD]": (2, 1), "[1,1,kD]": (1, 1), "[B,S,kD]": (2, tokens)}
         return draw(*leading[shape], count * 32)
 
-    same(randomise(Flux2TransformerBlock(32, 2, 16)),
-         {"hidden_states": draw(2, 5, 32), "encoder_hidden_states": draw(2, 3, 32), "temb_mod_img": mod(5, 6),
-          "temb_mod_txt": mod(3, 6)}, ("hidden_states", "encoder_hidden_states", "temb_mod_img", "temb_mod_txt"))
+    assert_same(randomise(Flux2TransformerBlock(32, 2, 16)),
+                {"hidden_states": draw(2, 5, 32), "encoder_hidden_states": draw(2, 3, 32), "temb_mod_img": mod(5, 6),
+                 "temb_mod_txt": mod(3, 6)}, ("hidden_states", "encoder_hidden_states", "temb_mod_img", "temb_mod_txt"))
     block = randomise(Flux2SingleTransformerBlock(32, 2, 16))
-    same(block, {"hidden_states": draw(2, 8, 32), "encoder_hidden_states": None, "temb_mod": mod(8, 3)},
-         ("hidden_states", "temb_mod"))
-    same(block, {"hidden_states": draw(2, 5, 32), "encoder_hidden_states": draw(2, 3, 32), "temb_mod": mod(8, 3),
-                 "split_hidden_states": True}, ("hidden_states", "encoder_hidden_states", "temb_mod"))
+    assert_same(block, {"hidden_states": draw(2, 8, 32), "encoder_hidden_states": None, "temb_mod": mod(8, 3)},
+                ("hidden_states", "temb_mod"))
+    assert_same(block, {"hidden_states": draw(2, 5, 32), "encoder_hidden_states": draw(2, 3, 32), "temb_mod": mod(8, 3),
+                        "split_hidden_states": True}, ("hidden_states", "encoder_hidden_states", "temb_mod"))
 
 
 @pytest.mark.parametrize("caching", [False, True], ids=["default processors", "caching processors"])
@@ -207,7 +221,7 @@ def test_another_activation_is_left_alone():
     from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
     feed_forward = randomise(Flux2FeedForward(32))
     feed_forward.act_fn.gate_fn = nn.Mish()
-    assert "Mish" in same(feed_forward, {"x": draw(2, 5, 32)}, ("x",)).left_alone["act_fn"][1]
+    assert "Mish" in assert_same(feed_forward, {"x": draw(2, 5, 32)}, ("x",)).left_alone["act_fn"][1]
 
 
 # Qwen-Image
@@ -222,26 +236,26 @@ def test_text_masks(mask):
         "nothing": torch.tensor([[0], [1]]).expand(2, 7)}[mask]
     if mask != "none":
         assert not near(output(model, inputs), output(model, inputs, encoder_hidden_states_mask=None))
-    same(model, inputs, ("hidden_states", "encoder_hidden_states"))
+    assert_same(model, inputs, ("hidden_states", "encoder_hidden_states"))
 
 
 def test_a_mask_of_another_dtype_takes_the_own_forward():
     attn = load("qwenimage").build().transformer_blocks[0].attn
     inputs = {"hidden_states": draw(2, 5, 48), "encoder_hidden_states": draw(2, 3, 48)}
-    same(attn, {**inputs, "encoder_hidden_states_mask": draw(2, 3)})
+    assert_same(attn, {**inputs, "encoder_hidden_states_mask": draw(2, 3)})
 
 
 def test_two_conditions_of_one_sample_chosen_by_token():
     from benchmarks.families import qwenimage
     model, inputs = qwenimage.build(zero_cond_t=True), qwenimage.FAMILY.inputs(torch.float32)
     inputs["img_shapes"] = [[(1, 3, 3), (1, 2, 3)]] * 2
-    assert same(model, inputs, ("hidden_states", "encoder_hidden_states")).blocks == (2, 2)
+    assert assert_same(model, inputs, ("hidden_states", "encoder_hidden_states")).blocks == (2, 2)
     block = model.transformer_blocks[0]
     index = torch.randint(0, 2, (2, 5), generator=torch.Generator().manual_seed(0), dtype=torch.int)
     assert 0 < index.sum() < 10
-    same(block, {"hidden_states": draw(2, 5, 48), "encoder_hidden_states": draw(2, 3, 48),
-                 "encoder_hidden_states_mask": None, "temb": draw(4, 48), "modulate_index": index},
-         ("hidden_states", "encoder_hidden_states", "temb"))
+    assert_same(block, {"hidden_states": draw(2, 5, 48), "encoder_hidden_states": draw(2, 3, 48),
+                        "encoder_hidden_states_mask": None, "temb": draw(4, 48), "modulate_index": index},
+                ("hidden_states", "encoder_hidden_states", "temb"))
 
 
 # all of them

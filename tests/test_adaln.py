@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import difuse_kernels
 from difuse_kernels import (
+    dispatch,
     explain,
     explain_reset,
     gate_residual,
@@ -269,13 +270,31 @@ def test_auto_falls_back_in_sight():
     explain_reset()
     strided = draw(2, 8, 4).transpose(1, 2)
     if difuse_kernels.native.missing() is None:
-        difuse_kernels.dispatch._warned.clear()
+        dispatch._warned.clear()
         with pytest.warns(UserWarning, match="norm_modulate runs on 'reference', not on 'cpu': the last dimension"):
             out = norm_modulate(strided)
     else:
         out = norm_modulate(strided)
     torch.testing.assert_close(out, EAGER["norm_modulate"](strided))
     assert "reference" in explain()
+
+
+@pytest.mark.skipif(not {"cuda", "triton"} <= set(backends_here("norm_modulate")), reason="needs both GPU backends")
+@pytest.mark.parametrize("missing", [None, "no such module"])
+def test_another_kernel_is_a_fallback_only_from_one_that_is_missing(missing, monkeypatch, recwarn):
+    """CUDA C++ refuses tables and Triton takes them: as designed. Of a backend that is not there at all one is told."""
+    monkeypatch.delenv("DIFUSE_FAIL_ON_FALLBACK", raising=False)
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("cuda", "triton", "reference"))
+    monkeypatch.setitem(dispatch.MISSING, "cuda", lambda: missing)
+    monkeypatch.setattr(OPS["norm_modulate"], "_implementations", {})
+    explain_reset()
+    x, scale, table = (draw(*shape).to(device_of("triton")) for shape in ((2, 4, 8), (2, 8), (8,)))
+    norm_modulate(x, scale, scale_table=table)
+    (backend, ((refused, reason),)), = OPS["norm_modulate"].chosen
+    assert (backend, refused) == ("triton", "cuda") and (missing or "table") in reason
+    assert [str(each.message) for each in recwarn] == (
+        [f"difuse: norm_modulate runs on 'triton', not on 'cuda': {missing}"] if missing else [])
 
 
 def test_use_backend_switches_a_block_and_nests():

@@ -23,8 +23,9 @@ def tiny(op, name):
 
 
 TINY = [tiny(op, name) for op, name in (
-    ("norm_modulate", "per_token"), ("gate_residual", "odd"), ("gate_residual_norm_modulate", "affine"),
-    ("attention", "dit_s"), ("attention_packed", "lengths_bias"), ("gated_activation", "odd"), ("qk_norm_rope", "odd"),
+    ("norm_modulate", "per_token"), ("norm_modulate_dual", "odd"), ("gate_residual", "odd"),
+    ("gate_residual_norm_modulate", "affine"), ("attention", "dit_s"), ("attention_packed", "lengths_bias"),
+    ("gated_activation", "odd"), ("group_norm_act", "odd"), ("qk_norm_rope", "odd"),
     ("qk_norm_rope_joint", "gradcheck"), ("patchify", "gradcheck"), ("unpatchify", "gradcheck"),
     ("sampler_step", "ddim_cfg"))]
 
@@ -144,7 +145,7 @@ def not_a_number(out):
 @pytest.mark.parametrize("spoil", [spoil_output, spoil_gradient, not_a_number, raises])
 def test_a_wrong_kernel_yields_no_speed(monkeypatch, spoil):
     wrong(monkeypatch, "norm_modulate", spoil)
-    rows = bench_ops.rows(TINY[0], "fp32", CEILINGS)
+    rows = bench_ops.rows(tiny("norm_modulate", "per_token"), "fp32", CEILINGS)
     assert len(rows) == 2
     for row in rows:
         assert not row["gate"]["ok"]
@@ -159,7 +160,7 @@ def test_a_rival_that_computes_something_else_is_refused(monkeypatch):
     eager = rivals.EAGER["norm_modulate"]
     monkeypatch.setitem(rivals.EAGER, "norm_modulate", lambda *args, **kwargs: 1.01 * eager(*args, **kwargs))
     with pytest.raises(RuntimeError, match="rival eager"):
-        bench_ops.rows(TINY[0], "fp32", CEILINGS)
+        bench_ops.rows(tiny("norm_modulate", "per_token"), "fp32", CEILINGS)
 
 
 def test_forward_is_timed_without_grad_and_backward_with(monkeypatch):
@@ -170,9 +171,9 @@ def test_forward_is_timed_without_grad_and_backward_with(monkeypatch):
         return right(*args, **kwargs)
 
     monkeypatch.setattr(difuse_kernels, "gate_residual", op)
-    bench_ops.rows(TINY[1], "fp32", CEILINGS, passes=(bench_ops.FORWARD,))
+    bench_ops.rows(tiny("gate_residual", "odd"), "fp32", CEILINGS, passes=(bench_ops.FORWARD,))
     assert seen[-7:] == [False] * 7
-    bench_ops.rows(TINY[1], "fp32", CEILINGS, passes=(bench_ops.BOTH,))
+    bench_ops.rows(tiny("gate_residual", "odd"), "fp32", CEILINGS, passes=(bench_ops.BOTH,))
     assert seen[-7:] == [True] * 7
 
 
@@ -183,14 +184,14 @@ def test_compile_joins_fails_in_sight_or_is_refused(monkeypatch):
         return call
 
     monkeypatch.setattr(rivals, "compiled", lambda function: function)
-    row = bench_ops.rows(TINY[0], "fp32", CEILINGS, compiles=True)[0]
+    row = bench_ops.rows(tiny("norm_modulate", "per_token"), "fp32", CEILINGS, compiles=True)[0]
     assert row["times"].keys() == {"difuse", "eager", "compile"} and row["compile_seconds"] > 0
     monkeypatch.setattr(rivals, "compiled", broken)
-    row = bench_ops.rows(TINY[0], "fp32", CEILINGS, compiles=True)[0]
+    row = bench_ops.rows(tiny("norm_modulate", "per_token"), "fp32", CEILINGS, compiles=True)[0]
     assert "compile" not in row["times"] and "no compiler" in run.cells(row)[-1] and "log" not in run.cells(row)[-1]
     monkeypatch.setattr(rivals, "compiled", lambda function: lambda *args: 2 * function(*args))
     with pytest.raises(RuntimeError, match="rival compile"):
-        bench_ops.rows(TINY[0], "fp32", CEILINGS, compiles=True)
+        bench_ops.rows(tiny("norm_modulate", "per_token"), "fp32", CEILINGS, compiles=True)
 
 
 def test_the_users_ddim_step_equals_its_coefficients():

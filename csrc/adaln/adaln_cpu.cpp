@@ -42,12 +42,6 @@ template <class F> float row_sum(int64_t D, F term) {  // four chains hide the l
   if (i < D) b += term(i, int(D - i));
   return hsum((a + b) + (c + d));
 }
-// Lanes at n and beyond set to zero.
-vf first(vf v, int n) {
-  if (n == VL) return v;
-  for (int i = n; i < VL; ++i) v[i] = 0;
-  return v;
-}
 
 template <class T, class Ty> void add_gated(const T* x, const Ty* y, const float* gate, T* out, int64_t D) {
   if (gate)

@@ -27,6 +27,12 @@ template <class F> static inline void each_vector(int64_t D, F body) {
 }
 template <class T> static inline vf get(const T* p, int n) { return n == VL ? load(p) : load(p, n); }
 template <class T> static inline void put(T* p, vf v, int n) { n == VL ? store(p, v) : store(p, v, n); }
+// Lanes at n and beyond set to zero.
+static inline vf first(vf v, int n) {
+  if (n == VL) return v;
+  for (int i = n; i < VL; ++i) v[i] = 0;
+  return v;
+}
 
 static inline void load_row(float* to, const char* from, DType dtype, int64_t D) {
   with_type(dtype, [&](auto type) {

@@ -5,16 +5,24 @@
 namespace difuse {
 namespace DIFUSE_ISA {
 
-// e^x for x below 88; below -87 it is 0. e^f 2^n with f = x - n ln 2, ln 2 in two parts, the first a short one, so that
-// no bit of x is lost.
-static inline vf exp(vf x) {
-  const vf clamped = vmax(splat(-104.f), x);
-  const vf shifted = clamped * 1.44269504f + 0x1.8p23f;  // n lands in the low mantissa bits
+// e^x for |x| <= 87, by Cephes's polynomial of e^f, f within ln 2 / 2: e^f 2^n with f = x - n ln 2, ln 2 in two parts,
+// the first a short one, so that no bit of x is lost.
+static inline vf exp_within(vf x) {
+  const vf shifted = x * 1.44269504f + 0x1.8p23f;  // n lands in the low mantissa bits
   const vf n = shifted - 0x1.8p23f;
-  const vf f = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  const vi scaled = (vi)exp2(f * 1.44269504f) + ((vi)shifted << 23);
-  return x < -87.f ? vf{} : (vf)scaled;
+  const vf f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * f + 1.3981999507e-3f;
+  p = p * f + 8.3334519073e-3f;
+  p = p * f + 4.1665795894e-2f;
+  p = p * f + 1.6666665459e-1f;
+  p = p * f + 5.0000001201e-1f;
+  p = p * (f * f) + (f + 1.f);
+  return (vf)((vi)p + ((vi)shifted << 23));
 }
+
+// e^x for x below 88; below -87 it is 0.
+static inline vf exp(vf x) { return x < -87.f ? vf{} : exp_within(vmax(splat(-87.f), x)); }
 
 // 1 / (1 + e^-x), and one minus it without cancellation.
 static inline void sigmoid(vf x, vf& value, vf& complement) {

@@ -13,8 +13,7 @@ namespace {
 // act'(z). Beyond |z| = 87 silu's is 0 or 1; a nan stays one.
 template <bool silu> vf slope(vf z) {
   if (!silu) return splat(1.f);
-  vf e;
-  const vf inner = vmin(splat(87.f), vmax(splat(-87.f), z)), s = 1.f / one_plus_exp(inner, e);
+  const vf inner = vmin(splat(87.f), vmax(splat(-87.f), z)), e = exp_within(-inner), s = 1.f / (1.f + e);
   return s + (e * s) * (s * inner);  // e s is at most 1, e z would overflow
 }
 

@@ -16,9 +16,8 @@ namespace {
 // Beyond |z| = 87 silu is 0 or z; a nan stays one.
 template <bool silu> vf act(vf z) {
   if (!silu) return z;
-  vf e;
   const vf least = vmax(splat(-87.f), z);
-  return least / one_plus_exp(vmin(splat(87.f), least), e);
+  return least / (1.f + exp_within(-vmin(splat(87.f), least)));
 }
 
 // A block's mean and centred squares, the rounding of the mean mended: error = sum of x - mean.

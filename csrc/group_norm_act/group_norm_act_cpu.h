@@ -1,7 +1,8 @@
-// What group_norm_act's CPU kernels share: the layouts of an image, what a channel is computed with, sums, e^z.
+// What group_norm_act's CPU kernels share: the layouts of an image, what a channel is computed with, sums.
 #pragma once
 #include "../common/parallel.h"
 #include "../common/rows.h"
+#include "../common/vector_math.h"
 
 namespace difuse {
 namespace DIFUSE_ISA {
@@ -10,30 +11,6 @@ namespace {
 constexpr int64_t kRun = 4096;     // positions of one channel that are summed at a time: 16 KB, half of L1
 constexpr int64_t kBlock = 16384;  // elements of a block of rows: 64 KB, in L2
 constexpr int kTogether = 4;       // rows whose contributions are added in registers before touching memory
-
-// 1 + e^-z for |z| <= 87. Cephes's polynomial of e^f, f within ln 2 / 2. Without the ends it takes half the time of
-// `exp`, and most of the time goes here.
-vf one_plus_exp(vf z, vf& e) {
-  const vf shifted = z * -1.44269504f + 0x1.8p23f;  // n lands in the low mantissa bits
-  const vf n = shifted - 0x1.8p23f;
-  const vf f = n * 2.12194440e-4f - (z + n * 0.693359375f);
-  vf p = splat(1.9875691500e-4f);
-  p = p * f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + (f + 1.f);
-  const vi scaled = (vi)p + ((vi)shifted << 23);
-  e = (vf)scaled;
-  return 1.f + e;
-}
-// Lanes at n and beyond set to zero.
-vf first(vf v, int n) {
-  if (n == VL) return v;
-  for (int i = n; i < VL; ++i) v[i] = 0;
-  return v;
-}
 
 // [B,C,N] or, in channels_last, [B,N,C], in G groups of K channels.
 struct Image {

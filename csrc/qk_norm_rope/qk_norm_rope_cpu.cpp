@@ -97,12 +97,6 @@ void rotate(int64_t D, int64_t P, const float* c, const float* s, Take take, Giv
   }
 }
 
-// Lanes at n and beyond set to zero.
-vf first(vf v, int n) {
-  if (n == VL) return v;
-  for (int i = n; i < VL; ++i) v[i] = 0;
-  return v;
-}
 template <class F> float row_sum(int64_t D, F term) {
   vf a = {}, b = {};
   int64_t i = 0;

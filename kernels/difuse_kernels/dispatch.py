@@ -28,7 +28,7 @@ MACHINES = {"cpu": native, "cuda": native_cuda}  # the C++ backends: one launche
 
 OPS = {}  # name -> Op, in order of definition
 _forced = "auto"  # of the process, not of a thread: backward passes run, and recompute, on threads of their own
-_here = threading.local()  # .backend wins in this thread: that of one model's forward, see difuse.accelerate
+this_thread = threading.local()  # .backend wins in it: that of one model's forward, see difuse.accelerate
 _warned = set()
 
 
@@ -109,8 +109,9 @@ class Op:
         return self.implementation("reference")
 
     def _announce(self, backend, refusals):
-        # from one kernel to the next is no fallback
-        for refused, reason in [r for r in refusals if r[0] in self.backends and backend == "reference"]:
+        for refused, reason in refusals:
+            if refused not in self.backends or (backend != "reference" and not self.missing(refused)):
+                continue  # another kernel took what was not written for this one, e.g. Triton the tables of adaln
             text = f"difuse: {self.name} runs on '{backend}', not on '{refused}': {reason}"
             if os.environ.get("DIFUSE_FAIL_ON_FALLBACK") == "1":
                 raise RuntimeError(text)
@@ -130,15 +131,14 @@ class Op:
 
 def forced_backend():
     """The backend of this model's forward or of the innermost `use_backend` block, or "auto"."""
-    return getattr(_here, "backend", None) or _forced
+    return getattr(this_thread, "backend", None) or _forced
 
 
 @contextlib.contextmanager
 def use_backend(name):
     """Inside the block every op called with backend="auto" runs on `name`, or raises if it cannot.
 
-    `use_backend("reference")` turns a model into its slow self. Nested blocks override outer ones. It rules the whole
-    process, as torch's own switches do; an op's `backend=` rules one call.
+    `use_backend("reference")` turns a model into its slow self. Inner blocks override outer ones, in the whole process.
     """
     global _forced
     if name != "auto" and name not in BACKENDS:

@@ -15,7 +15,7 @@ from torch import nn
 import difuse_kernels
 from difuse.integrations.conditioning import end_caches
 from difuse.integrations.registry import adapter_of, find, known_names
-from difuse_kernels.dispatch import OPS, _here
+from difuse_kernels.dispatch import OPS, this_thread
 
 WRITTEN_FOR = {"diffusers": "0.42"}
 
@@ -55,11 +55,11 @@ class Report:
 
 def on_backend(backend, forward, module, *args, **kwargs):
     """The forward with every op on `backend`, in this thread: other models may run on other backends in others."""
-    outer, _here.backend = getattr(_here, "backend", None), backend
+    outer, this_thread.backend = getattr(this_thread, "backend", None), backend
     try:
         return forward(module, *args, **kwargs)
     finally:
-        _here.backend = outer
+        this_thread.backend = outer
 
 
 def accelerate(model, *, backend="auto", strict=False):

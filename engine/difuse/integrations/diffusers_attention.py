@@ -54,10 +54,9 @@ def _options_of_2_0(attn):
             return f"{name} is {getattr(attn, name)}; expected none"
     if attn.residual_connection or attn.rescale_output_factor != 1:
         return "it adds its input or rescales its output"
-    head_dim, rest = divmod(attn.inner_dim, attn.heads)
-    if rest or attn.inner_kv_dim != attn.inner_dim or head_dim % 8 or head_dim > 256:
-        return (f"its {attn.heads} heads share {attn.inner_dim} for queries, {attn.inner_kv_dim} for keys; expected a "
-                "multiple of 8 up to 256 each")
+    if attn.inner_dim % attn.heads or attn.inner_kv_dim != attn.inner_dim:
+        return (f"its {attn.heads} heads share {attn.inner_dim} for queries, {attn.inner_kv_dim} for keys; expected "
+                "one width for both")
     return None
 
 

@@ -2,7 +2,7 @@
 import torch
 
 from difuse.integrations.parts import joined, plain_norm, watched
-from difuse.integrations.processors import other_processor
+from difuse.integrations.processors import other_norms, other_processor
 from difuse.integrations.registry import register
 from difuse_kernels import (
     Stream,
@@ -26,10 +26,7 @@ def other_flux_attention(attn, processor):
     """Why this attention is not what Flux.1 and Flux.2 compute by default with `processor`, or None."""
     if attn.fused_projections:
         return "its projections are fused (fuse_qkv_projections); unfuse them first"
-    norms = head_norms(attn)
-    if any(type(norm) is not torch.nn.RMSNorm or norm.eps != attn.norm_q.eps or norm.eps is None for norm in norms):
-        return f"its query and key norms are {', '.join(map(str, norms))}; expected RMSNorms of one eps"
-    return other_processor(attn, processor)
+    return other_norms(head_norms(attn)) or other_processor(attn, processor)
 
 
 def heads(head_dim, *projected):

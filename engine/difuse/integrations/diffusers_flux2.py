@@ -6,7 +6,7 @@ import torch
 
 from difuse.integrations.diffusers_flux import clip, head_norms, heads, other_flux_attention, tables, text_and_image
 from difuse.integrations.parts import joined, plain_norm, rows, watched
-from difuse.integrations.processors import other_processor
+from difuse.integrations.processors import other_norms, other_processor
 from difuse.integrations.registry import register
 from difuse_kernels import (
     attention,
@@ -50,10 +50,7 @@ def flux2_attention(self, hidden_states, encoder_hidden_states=None, attention_m
 
 
 def _other_parallel_attention(attn):
-    norms = attn.norm_q, attn.norm_k
-    if any(type(norm) is not torch.nn.RMSNorm or norm.eps != attn.norm_q.eps or norm.eps is None for norm in norms):
-        return f"its query and key norms are {', '.join(map(str, norms))}; expected RMSNorms of one eps"
-    return other_processor(attn, "Flux2ParallelSelfAttnProcessor")
+    return other_norms((attn.norm_q, attn.norm_k)) or other_processor(attn, "Flux2ParallelSelfAttnProcessor")
 
 
 @register(_FLUX2 + "Flux2ParallelSelfAttention", refuses=_other_parallel_attention, ops=("qk_norm_rope", "attention"),

@@ -1,9 +1,8 @@
 """HiDream-I1 (diffusers HiDreamImageTransformer2DModel): double and single blocks, joint order image, text."""
-from torch import nn
 from torch.nn import functional as F
 
 from difuse.integrations.parts import plain_norm, rows, watched
-from difuse.integrations.processors import other_processor
+from difuse.integrations.processors import other_norms, other_processor, split_heads
 from difuse.integrations.registry import register
 from difuse_kernels import (
     Stream,
@@ -23,14 +22,7 @@ def _norms(attn):
 
 
 def _not_this_attention(attn):
-    norms = _norms(attn)
-    if any(type(norm) is not nn.RMSNorm or norm.eps is None or norm.eps != norms[0].eps for norm in norms):
-        return f"its query and key norms are {', '.join(map(str, norms))}; expected RMSNorms of one eps"
-    return other_processor(attn, "HiDreamAttnProcessor")
-
-
-def _heads(attn, *projected):
-    return (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # each [B,S,H,Dh]
+    return other_norms(_norms(attn)) or other_processor(attn, "HiDreamAttnProcessor")
 
 
 @register(_HIDREAM + "HiDreamAttention", refuses=_not_this_attention,
@@ -46,13 +38,13 @@ def hidream_attention(self, norm_hidden_states, hidden_states_masks=None, norm_e
             or _not_this_attention(self)):
         return type(self).forward(self, x, mask, context, image_rotary_emb)
     cos, sin = rows(image_rotary_emb, x)[:, :, 0, :, :, 0].unbind(-1)  # [B,S+T,P]
-    q, k, v = _heads(self, self.to_q(x), self.to_k(x), self.to_v(x))
+    q, k, v = split_heads(self, self.to_q(x), self.to_k(x), self.to_v(x))
     image, eps = x.shape[1], self.q_rms_norm.eps
     if self.single:
         q, k = qk_norm_rope(q, k, q_weight=self.q_rms_norm.weight, k_weight=self.k_rms_norm.weight, cos=cos, sin=sin,
                             norm_scope="full", eps=eps)
     else:
-        text = _heads(self, self.to_q_t(context), self.to_k_t(context), self.to_v_t(context))
+        text = split_heads(self, self.to_q_t(context), self.to_k_t(context), self.to_v_t(context))
         q, k, v = qk_norm_rope_joint([
             Stream(q, k, v, self.q_rms_norm.weight, self.k_rms_norm.weight, cos=cos[:, :image], sin=sin[:, :image]),
             Stream(*text, self.q_rms_norm_t.weight, self.k_rms_norm_t.weight, cos=cos[:, image:], sin=sin[:, image:])],

@@ -1,9 +1,7 @@
 """LTX-Video (diffusers LTXVideoTransformer3DModel): RMSNorms, one table of modulation a block, text not normed."""
-from torch import nn
-
 from difuse.integrations.conditioning import cached
 from difuse.integrations.parts import rows, watched
-from difuse.integrations.processors import other_processor
+from difuse.integrations.processors import other_norms, other_processor, split_heads
 from difuse.integrations.registry import register
 from difuse_kernels import attention, gate_residual, gate_residual_norm_modulate, norm_modulate, qk_norm_rope
 
@@ -11,21 +9,14 @@ _LTX = "diffusers.models.transformers.transformer_ltx."
 
 
 def _not_this_attention(attn):
-    norms = attn.norm_q, attn.norm_k
-    if any(type(norm) is not nn.RMSNorm or norm.eps is None or norm.eps != norms[0].eps for norm in norms):
-        return f"its query and key norms are {', '.join(map(str, norms))}; expected RMSNorms of one eps"
     if attn.inner_kv_dim != attn.inner_dim:
         return f"its keys have {attn.inner_kv_dim} dimensions, its queries {attn.inner_dim}"
-    return other_processor(attn, "LTXVideoAttnProcessor")
-
-
-def _heads(attn, *projected):
-    return (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # each [B,S,H,Dh]
+    return other_norms((attn.norm_q, attn.norm_k)) or other_processor(attn, "LTXVideoAttnProcessor")
 
 
 def _keys_and_values(attn, context):
     """[B,T,D] -> normed keys, and values, [B,T,H,Dh]."""
-    k, v = _heads(attn, attn.to_k(context), attn.to_v(context))
+    k, v = split_heads(attn, attn.to_k(context), attn.to_v(context))
     return qk_norm_rope(k, None, q_weight=attn.norm_k.weight, norm_scope="full", eps=attn.norm_k.eps)[0], v
 
 
@@ -45,16 +36,16 @@ def ltx_attention(self, hidden_states, encoder_hidden_states=None, attention_mas
         return type(self).forward(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb,
                                   **kwargs)
     eps = self.norm_q.eps
-    q, = _heads(self, self.to_q(hidden_states))
+    q, = split_heads(self, self.to_q(hidden_states))
     bias = None
     if across:
         q, _ = qk_norm_rope(q, None, q_weight=self.norm_q.weight, norm_scope="full", eps=eps)
         k, v = cached(self, encoder_hidden_states, lambda: _keys_and_values(self, encoder_hidden_states))
         bias = None if attention_mask is None else attention_mask[:, 0]  # [B,T]
     else:
-        k, v = _heads(self, self.to_k(hidden_states), self.to_v(hidden_states))
+        k, v = split_heads(self, self.to_k(hidden_states), self.to_v(hidden_states))
         # the angles run over all D, so every head has its own: [B,S,H,Dh/2]
-        cos, sin = (None, None) if image_rotary_emb is None else _heads(
+        cos, sin = (None, None) if image_rotary_emb is None else split_heads(
             self, *(table[..., ::2].expand(q.shape[0], -1, -1) for table in image_rotary_emb))
         q, k = qk_norm_rope(q, k, q_weight=self.norm_q.weight, k_weight=self.norm_k.weight, cos=cos, sin=sin,
                             norm_scope="full", eps=eps)

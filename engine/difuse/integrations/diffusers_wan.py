@@ -3,7 +3,7 @@ from torch import nn
 
 from difuse.integrations.conditioning import cached
 from difuse.integrations.parts import plain_norm, rows, watched
-from difuse.integrations.processors import other_processor
+from difuse.integrations.processors import other_norms, other_processor, split_heads
 from difuse.integrations.registry import register
 from difuse_kernels import attention, gate_residual, gate_residual_norm_modulate, norm_modulate, qk_norm_rope
 
@@ -18,14 +18,7 @@ def _norms(attn):
 def _not_this_attention(attn):
     if attn.fused_projections:
         return "its projections are fused (fuse_projections); unfuse them first"
-    norms = _norms(attn)
-    if any(type(norm) is not nn.RMSNorm or norm.eps is None or norm.eps != norms[0].eps for norm in norms):
-        return f"its query and key norms are {', '.join(map(str, norms))}; expected RMSNorms of one eps"
-    return other_processor(attn, "WanAttnProcessor")
-
-
-def _heads(attn, *projected):
-    return (x.unflatten(-1, (attn.heads, -1)) for x in projected)  # each [B,S,H,Dh]
+    return other_norms(_norms(attn)) or other_processor(attn, "WanAttnProcessor")
 
 
 def _keys_and_values(attn, context):
@@ -37,7 +30,7 @@ def _keys_and_values(attn, context):
                    (context[:, :image], attn.add_k_proj, attn.add_v_proj, attn.norm_added_k)]
     pairs = []
     for tokens, to_k, to_v, norm in sources:
-        k, v = _heads(attn, to_k(tokens), to_v(tokens))
+        k, v = split_heads(attn, to_k(tokens), to_v(tokens))
         k = qk_norm_rope(k, None, q_weight=norm.weight, norm_scope="full", eps=norm.eps)[0]
         pairs.append((k, v))
     return pairs
@@ -52,7 +45,7 @@ def wan_attention(self, hidden_states, encoder_hidden_states=None, attention_mas
             or watched(*_norms(self)) or _not_this_attention(self)):
         return type(self).forward(self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
     eps = self.norm_q.eps
-    q, = _heads(self, self.to_q(hidden_states))
+    q, = split_heads(self, self.to_q(hidden_states))
     if across:
         q, _ = qk_norm_rope(q, None, q_weight=self.norm_q.weight, norm_scope="full", eps=eps)
         (k, v), *image = cached(self, encoder_hidden_states, lambda: _keys_and_values(self, encoder_hidden_states))
@@ -60,7 +53,7 @@ def wan_attention(self, hidden_states, encoder_hidden_states=None, attention_mas
         for k, v in image:
             out = out + attention(q, k, v)
     else:
-        k, v = _heads(self, self.to_k(hidden_states), self.to_v(hidden_states))
+        k, v = split_heads(self, self.to_k(hidden_states), self.to_v(hidden_states))
         cos, sin = (None, None) if rotary_emb is None else (
             rotary_emb[0][0, :, 0, ::2], rotary_emb[1][0, :, 0, 1::2])  # [S,Dh/2]
         q, k = qk_norm_rope(q, k, q_weight=self.norm_q.weight, k_weight=self.norm_k.weight, cos=cos, sin=sin,

@@ -3,6 +3,8 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from difuse_kernels.dispatch import OPS
+
 _DIFFUSERS = "diffusers.models."
 _TRANSFORMERS = _DIFFUSERS + "transformers."
 KNOWN = {  # full name of a class -> the file of this package that registers its adapter
@@ -86,14 +88,12 @@ def register(target, *, refuses=_nothing, ops=(), kind="block", matches=None):
     target: a class, or its full name as a string; with `matches(module) -> bool`, which recognises modules by their
     parts, only a name for the report. refuses(module): why a module must keep its own forward, or None.
     ops: names of the ops that the forward calls, whose backend `accelerate` checks. kind: "block", or "part" of one,
-    in the report. The function lives at the top level of a module, so that accelerated models
-    can be pickled. Raises TypeError for a target that is neither, ValueError for the name of an unknown op.
+    in the report. The function lives at the top level of a module, so that accelerated models can be pickled.
+    Raises TypeError for a target that is neither, ValueError for the name of an unknown op.
 
         @difuse.integrations.register(MyBlock, ops=("norm_modulate",))
         def my_block(self, x, c): ...
     """
-    from difuse_kernels.dispatch import OPS
-
     if not isinstance(target, (str, type)):
         raise TypeError(f"register: target is {target!r}; expected a class or its full name")
     if kind not in ("block", "part", "layer"):
