@@ -138,17 +138,19 @@ def machine():
             f"{'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}; {versions}; commit {commit or '-'}")
 
 
+def places(found, part):
+    """Where a table's rows were measured, a sentence each."""
+    return "\n".join(f"On {place}." for place in sorted({entry[f"{part}_on"] for entry in found if part in entry}))
+
+
 def document(found):
-    """docs/equivalence.md, of {family: {"errors": row, "speed": rows, "on": where}}."""
+    """docs/equivalence.md, of {family: {"errors": row, "errors_on": where, "speed": rows, "speed_on": where}}."""
     found = [found[name] for name in NAMES if name in found]
     proofs = [entry["errors"] for entry in found if "errors" in entry]
     speeds = [row for entry in found for row in entry.get("speed", ())]
-    places = "\n".join(f"- {place}" for place in sorted({entry["on"] for entry in found}))
     return f"""# Accelerated models next to the unmodified ones
 
-Made by `make equivalence` (`python -m benchmarks.equivalence`) on
-
-{places}
+Made by `make equivalence` (`python -m benchmarks.equivalence`).
 
 ## Errors
 
@@ -157,6 +159,8 @@ float64 on the same values, rms over rms: of the output, and of the parameter or
 eager's own beside it. Budget: 1.5 times eager's and one rounding, over all gradients, and no single one far worse.
 Trajectory: twenty Euler steps in float32, difuse against eager. Training: the largest error of fifty AdamW steps'
 losses against the same training in float64, over the largest loss.
+
+{places(found, "errors")}
 
 {table(["family", "float32 forward", "eager", "worst gradient", "eager", "bfloat16 forward", "eager",
         "worst gradient", "eager",
@@ -168,6 +172,8 @@ Single blocks of published widths, in milliseconds, medians of {RUNS} interleave
 eager, and than torch.compile of the unmodified block; spread: the largest inter-quartile range over its median.
 Training is a forward and a backward pass. A speed is measured only after the outputs agreed. On a CPU without bfloat16
 instructions eager's products in bfloat16 are emulated, which explains ratios above 2.
+
+{places(found, "speed")}
 
 {table(["family", "block", "dtype", "pass", "difuse", "eager", "x eager", "x compile", "spread", "target"], speeds)}
 """
@@ -188,10 +194,9 @@ def main(argv=None):
     for name in tqdm(args.family, desc="families", disable=None):
         family, entry = load(name), found.setdefault(name, {})
         if args.only != "speed":
-            entry["errors"] = proof(family)
+            entry |= {"errors": proof(family), "errors_on": machine()}
         if args.only != "errors":
-            entry["speed"] = speed(family, args.compile)
-        entry["on"] = machine()
+            entry |= {"speed": speed(family, args.compile), "speed_on": machine()}
         write_atomically(state, json.dumps(found, indent=1).encode())
         write_atomically(args.out, document(found).encode())
     print(f"wrote {args.out}")

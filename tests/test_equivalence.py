@@ -42,6 +42,7 @@ def test_one_table_and_then_the_other(quick, tmp_path):
     assert quick(["--family", "sit", "--only", "speed", "--out", str(tmp_path / "e.md")]) == 0
     text = (tmp_path / "e.md").read_text()
     assert " dB |" in text and "small block" in text  # the errors of the run before are kept
+    assert text.count(" threads, ") == 2  # each table says where it was made
 
 
 def broken(model, **options):
