@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import difuse_kernels
-from benchmarks import bench_model, bench_ops, bench_train, rivals, roofline, run, timing
+from benchmarks import bench_engine, bench_model, bench_ops, bench_train, rivals, roofline, run, timing
 from difuse.models import DiT
 from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Case
@@ -282,7 +282,15 @@ def test_model_rows(tiny_cases, monkeypatch, rows, dtype):
         assert len(run.cells(row)) == len(run.COLUMNS)
 
 
-@pytest.mark.parametrize("rows", [bench_model.model_rows, bench_train.training_rows])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_engine_rows(tiny_cases, dtype):
+    (row,) = bench_engine.serving_rows("DiT-tiny", dtype, CEILINGS, quick=True)
+    assert row["gate"]["ok"], row["gate"]
+    assert row["times"].keys() == {"difuse", "eager", "alone"}
+    assert [target["metric"] for target in row["targets"]] == ["alone"] and "1.5x alone" in run.cells(row)[-1]
+
+
+@pytest.mark.parametrize("rows", [bench_model.model_rows, bench_train.training_rows, bench_engine.serving_rows])
 def test_a_wrong_model_yields_no_speed(tiny_cases, monkeypatch, rows):
     wrong(monkeypatch, "attention_packed", lambda out: out * 1.001)
     monkeypatch.setattr("difuse.models.layers.attention_packed", difuse_kernels.attention_packed)
@@ -316,7 +324,7 @@ def test_a_run_writes_its_report_and_prints_it(tiny_cases, tmp_path, capsys):
     for key in ("cpu", "cores", "python", "difuse", "commit", "date", "load_average"):
         assert machine[key] is not None and str(machine[key]) in text
     assert {row["op"] for row in report["rows"]} == {*OPS, "DiT-tiny"}
-    assert {row["group"] for row in report["rows"]} == {"ops", "model", "train"}
+    assert {row["group"] for row in report["rows"]} == {"ops", "model", "train", "engine"}
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(report["rows"]) and len({line.count("|") for line in table}) == 1
     assert "GB/s into fresh memory" in text and "GFLOP/s fp32" in text and "±" in text

@@ -22,6 +22,8 @@ _EXPORTS = {  # public name -> module that holds it
     "explain_reset": "difuse_kernels",
     "sample": "difuse.inference.sample",
     "Graphs": "difuse.inference.graphs",
+    "Engine": "difuse.inference.engine",
+    "Request": "difuse.inference.engine",
     "Trainer": "difuse.training",
     "TrainConfig": "difuse.training",
 }
