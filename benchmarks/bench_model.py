@@ -1,17 +1,19 @@
-"""Whole models against their plain PyTorch twin: one forward pass, and one guided sampling step."""
+"""Whole models against their plain PyTorch twin: a forward pass, one of the frozen model, a guided sampling step."""
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import rivals, roofline
-from benchmarks.bench_ops import DTYPES, FORWARD, verdict
+from benchmarks.bench_ops import DTYPES, FORWARD, Target, verdict
 from benchmarks.timing import versus
 from difuse.diffusion import Flow, flow_euler
+from difuse.inference.freeze import freeze
 from difuse.models import DiT
 from difuse_kernels import use_backend
 from difuse_kernels.testing.numerics import FACTOR
 
 FAMILIES = {"DiT-S/2": DiT}  # name -> class with from_name and a plain twin in rivals.py
-SAMPLING = "sampling step"
+SAMPLING, FROZEN = "sampling step", "forward, frozen"
+TARGETS = (Target(("DiT-S/2",), FROZEN, "eager", 1.4, ("fp32",)), Target(("DiT-S/2",), FROZEN, "compile", 1.35, ("fp32",)))
 GUIDANCE = 1.5
 NO_BF16 = "this CPU emulates bfloat16 products; --dtype bf16 measures them all the same"
 
@@ -65,6 +67,7 @@ def model_rows(family, dtype_name, ceilings, quick=False, compiles=False, skippe
     """A row for the forward pass, weights in the dtype, and one for a guided sampling step on half the batch.
 
     The step calls the model on as many rows as the forward pass; torch.compile is timed on the forward pass alone.
+    In float32 on a CPU also one for the forward pass of the frozen model.
     """
     dtype = DTYPES[dtype_name]
     model, case, (x, t, y) = build(family, quick)
@@ -87,11 +90,19 @@ def model_rows(family, dtype_name, ceilings, quick=False, compiles=False, skippe
         steps = {"difuse": euler, "eager": lambda: users_step(plain, noise, labels, dtype)}
         if compiled is not None:
             calls["compile"] = lambda: compiled(x, t, y)
-        forward |= race(calls, exact(x.double(), t, y), dtype) | extra
+        truth = exact(x.double(), t, y)
+        forward |= race(calls, truth, dtype) | extra
         sampling |= race(steps, users_step(exact, noise.double(), labels, torch.float64), dtype)
-    if "times" in forward:
-        forward |= against_ceilings(ceilings, dtype_name, model, (x, t, y), forward)
-    return [forward, sampling]
+        forwards = [forward]
+        if dtype_name == "fp32":
+            frozen, row = freeze(model), {**head, "case": case, "pass": FROZEN, "shape": list(x.shape)}
+            row |= race(calls | {"difuse": lambda: frozen(x, t, y)}, truth, dtype) | extra
+            row["targets"] = [target.judge(row) for target in TARGETS if "times" in row and target.fits(row)]
+            forwards.append(row)
+    for row in forwards:
+        if "times" in row:
+            row |= against_ceilings(ceilings, dtype_name, model, (x, t, y), row)
+    return [*forwards, sampling]
 
 
 def users_step(model, x, labels, dtype):

@@ -26,8 +26,8 @@ ADALN = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate")
 class Target:
     """What a row must reach: at least `value` of `metric`.
 
-    metric: "eager", "compile" or "alone" (times faster), "copy" (share of copy bandwidth), "us" (microseconds per call) or
-    "memory" (peak over torch.compile's); the last two are to stay below `value`.
+    metric: "eager", "compile" or "alone" (times faster), "copy" (share of copy bandwidth), "us" (microseconds per
+    call) or "memory" (peak over torch.compile's); the last two are to stay below `value`.
     shapes: of the first input, None fitting any size; no shapes fit every case.
     """
 

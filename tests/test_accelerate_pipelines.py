@@ -115,3 +115,17 @@ def test_a_saved_pipeline_makes_the_same_images(name, tmp_path):
     assert torch.equal(images(again, arguments), before)
     difuse.restore(pipe.transformer)
     assert torch.equal(images(pipe, arguments), before)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_frozen_transformer_takes_the_models_place(name):
+    pipe, arguments = PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.eval()
+    before, transformer = images(pipe, arguments), pipe.transformer
+    pipe.transformer = difuse.freeze(transformer)
+    pipe.to("cpu")
+    after = images(pipe, arguments)
+    assert psnr(after, before) >= 60 and not torch.equal(after, before)
+    pipe.transformer = transformer
+    assert torch.equal(images(pipe, arguments), before)

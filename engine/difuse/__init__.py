@@ -21,6 +21,7 @@ _EXPORTS = {  # public name -> module that holds it
     "explain": "difuse.integrations",
     "explain_reset": "difuse_kernels",
     "sample": "difuse.inference.sample",
+    "freeze": "difuse.inference.freeze",
     "Graphs": "difuse.inference.graphs",
     "Engine": "difuse.inference.engine",
     "Request": "difuse.inference.engine",

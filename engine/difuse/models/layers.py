@@ -2,7 +2,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from difuse_kernels import attention_packed, gate_residual_norm_modulate, norm_modulate, patchify
@@ -85,10 +84,11 @@ class Mlp(nn.Module):
     def __init__(self, hidden_size, mlp_size):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.act = nn.GELU(approximate="tanh")
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, h):
-        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))  # [B,S,D]
+        return self.fc2(self.act(self.fc1(h)))  # [B,S,D]
 
 
 def add_norm_modulate(x, y, gate, scale, shift):
