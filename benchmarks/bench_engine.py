@@ -4,7 +4,8 @@ import torch
 from benchmarks import bench_model, rivals
 from benchmarks.bench_ops import DTYPES, Target
 from difuse.diffusion import SAMPLERS, VP, initial_noise
-from difuse.inference.engine import Engine, Request
+from difuse.inference.engine import Engine
+from difuse.inference.requests import Request
 from difuse_kernels import use_backend
 
 SERVING = "serving"
@@ -50,8 +51,8 @@ def serving_rows(family, dtype_name, ceilings, quick=False, compiles=False, skip
     model, _, _ = bench_model.build(family, quick)
     requests, dtype = mixed_requests(model, 4 if quick else ROWS), DTYPES[dtype_name]
     shape = model.config["in_channels"], *2 * [model.config["input_size"]]
-    row = {"group": "engine", "op": family, "case": f"{len(requests)} mixed requests", "dtype": dtype_name,
-           "pass": SERVING, "shape": [len(requests), *shape]}
+    row = {"group": "engine", "op": family, "case": f"{len(requests)} mixed requests, eager's one by one",
+           "dtype": dtype_name, "pass": SERVING, "shape": [len(requests), *shape]}
     if skipped:
         return [{**row, "skipped": skipped}]
     plain, exact = InDtype(rivals.PlainDiT.like(model), dtype), InDtype(rivals.PlainDiT.like(model), torch.float64)

@@ -24,7 +24,7 @@ _EXPORTS = {  # public name -> module that holds it
     "freeze": "difuse.inference.freeze",
     "Graphs": "difuse.inference.graphs",
     "Engine": "difuse.inference.engine",
-    "Request": "difuse.inference.engine",
+    "Request": "difuse.inference.requests",
     "Trainer": "difuse.training",
     "TrainConfig": "difuse.training",
 }

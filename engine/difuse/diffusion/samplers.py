@@ -131,7 +131,7 @@ def initial_noise(shape, seeds, device="cpu"):
 
 
 def _draw(shape, generators, device):
-    z = torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])  # [B,*shape]
+    z = torch.stack([torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators])
     if z.is_cpu and torch.device(device).type == "cuda":
         return z.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait for the GPU
     return z.to(device)

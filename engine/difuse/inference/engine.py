@@ -9,95 +9,40 @@ the model. A request joins at the next step after it came, if its rows fit, and 
 failed. A row's result does not depend on the rows beside it, except for the rounding of a library's matrix products.
 """
 import atexit
-import difflib
+import contextlib
 import math
+import os
 import queue
 import threading
+import traceback
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 import torch
 
-from difuse.diffusion.samplers import STEPS, initial_noise
+from difuse.diffusion.parameterizations import PREDICTIONS
+from difuse.diffusion.processes import VP, Flow
+from difuse.inference.requests import check_integer, take
 from difuse_kernels import sampler_step
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image. label: a class, None for a model without classes. seed: its noise, as `initial_noise` draws it.
-
-    sampler: "ddpm", "ddim" or "flow_euler"; steps: its number of model calls; eta: ddim's. guidance: classifier-free
-    guidance w, 1 for none; others need two rows of the model's batch. callback(step, x [C,H,W]) is called after each
-    step, on the engine's thread: what it takes, every request waits for.
-    """
-
-    label: int | None
-    seed: int
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float = 1.5
-    eta: float = 0.0
-    callback: Callable | None = None
-
-
-class _Taken:
-    """A request and where it is: its state x [C,H,W] after `step` steps, both None while it waits."""
-
-    def __init__(self, request, method, null):
-        self.request, self.future, self.over = request, Future(), False
-        self.labels = [request.label] if request.guidance == 1 else [request.label, null]  # of its rows
-        self.times, self.std = method.times, method.std.tolist()
-        self.table = method.table((request.guidance, 1 - request.guidance))  # [steps,4]
-        self.x = self.z = self.step = None
-
-    def start(self, shape, device):
-        noise, (self.generator,) = initial_noise(shape, [self.request.seed], device)
-        self.x, self.step = noise[0], 0
-
-    def noise(self):
-        """This step's z [C,H,W] on the CPU, drawn once even if the step is run again; none where it has no weight."""
-        if self.z is None:
-            self.z = torch.zeros(self.x.shape)
-            if self.std[self.step] > 0:
-                self.z.normal_(generator=self.generator)
-        return self.z
-
-    def advance(self, x):
-        """One step is done; its result is x."""
-        self.x, self.z, self.step = x, None, self.step + 1
-
-    def settle(self, error=None):
-        """Give the future its image or this error; if it was cancelled, tell those who wait for it. Once."""
-        if not self.over and self.future.set_running_or_notify_cancel():
-            if error is None:
-                self.future.set_result(self.x)
-            else:
-                self.future.set_exception(error)
-        self.over = True
-
-    def is_over(self):
-        if self.future.cancelled():
-            self.settle()
-        return self.over
 
 
 class Engine:
     """Serves requests on one thread, as many as fit into `max_batch` rows at a time, first come first served.
 
     model: as for `difuse.sample`, in eval mode; process, prediction: what it was trained with. max_batch: rows of one
-    model call. max_waiting: requests beyond the running ones that it takes before it refuses. len(engine): requests
-    taken and not done. A failure of the model fails the requests that cause it: the others are run again without
-    them. The thread is its own: a torch.autocast block around `submit` does not reach it. Close it, or use it in a
-    `with` block, which waits for all requests, and cancels them when it is left by an exception. Raises ValueError or
-    TypeError for what does not fit.
+    model call. max_waiting: requests that wait for a free row before more are refused. A failure of the model fails
+    the requests that cause it: the others are run again without them. The thread is its own: torch.autocast around
+    `submit` does not reach it, nor does torch.set_num_threads later on. Close it, or use it in a `with` block, which
+    waits for all requests, and cancels them when it is left by an exception. Raises ValueError or TypeError for what
+    does not fit.
     """
 
     def __init__(self, model, *, process, prediction, max_batch=16, max_waiting=256):
-        for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Engine: {name} is {value!r}; expected an integer >= 1")
+        check_integer("max_batch", max_batch, 1, math.inf)
+        check_integer("max_waiting", max_waiting, 1, math.inf)
+        if not isinstance(process, (VP, Flow)):
+            raise TypeError(f"Engine: process is {type(process).__name__}; expected a VP or Flow")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"Engine: prediction {prediction!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
         if model.training:
             raise ValueError("Engine: the model is in train mode, in which it drops labels; call model.eval() first")
         self._model, self._process, self._prediction = model, process, prediction
@@ -106,13 +51,17 @@ class Engine:
         size = model.config["input_size"]
         self._shape = model.config["in_channels"], size, size
         self._device = next(model.parameters()).device
-        self._waiting, self._running, self._closed = deque(), [], False
+        self._waiting, self._running = deque(), []
+        self._closed = self._computing = False
         self._changed = threading.Condition()
+        self._process_id = os.getpid()
         self._thread = threading.Thread(target=self._serve, name="difuse.Engine", daemon=True)
         self._thread.start()
-        atexit.register(self.close, cancel=True)  # a thread inside a kernel must not outlive the interpreter
+        atexit.register(self._at_exit)
 
-    def __len__(self):
+    @property
+    def pending(self):
+        """The number of requests that were taken and are not done."""
         with self._changed:
             return sum(not each.future.done() for each in (*self._running, *self._waiting))
 
@@ -121,16 +70,16 @@ class Engine:
 
         It can be cancelled until it is done; `running()` stays False till then. Raises, at once, ValueError or
         TypeError for a request that cannot run, queue.Full where max_waiting requests wait, RuntimeError after
-        `close`.
+        `close` and in a forked process.
         """
-        taken = self._checked(request)
+        if os.getpid() != self._process_id:
+            raise RuntimeError("Engine: it belongs to the process that this one was forked from; make one here")
+        taken = take(request, self._process, self._prediction, self._null, self._max_batch)
         with self._changed:
             if self._closed:
                 raise RuntimeError("Engine: it is closed and takes no more requests")
-            if len(self._waiting) >= self._max_waiting:
-                self._waiting = deque(each for each in self._waiting if not each.is_over())
-            if len(self._waiting) >= self._max_waiting:
-                raise queue.Full(f"Engine: {len(self._waiting)} requests wait already; try again later, or give it a "
+            if self._beyond() >= self._max_waiting:
+                raise queue.Full(f"Engine: {self._max_waiting} requests wait already; try again later, or give it a "
                                  "larger max_waiting")
             self._waiting.append(taken)
             self._changed.notify()
@@ -140,126 +89,168 @@ class Engine:
         """Take no more requests and wait for those taken; with `cancel`, cancel them first. May be called again."""
         if threading.current_thread() is self._thread:
             raise RuntimeError("Engine: close was called by a callback, on the thread that it waits for")
-        with self._changed:
-            self._closed = True
-            if cancel:
-                for each in (*self._waiting, *self._running):
-                    each.future.cancel()
-            self._changed.notify()
-        self._thread.join()
-        atexit.unregister(self.close)
+        if os.getpid() == self._process_id:
+            self._stop(cancel)
+            self._thread.join()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind, error, trace):
         self.close(cancel=kind is not None)
 
-    def _checked(self, request):
-        if not isinstance(request, Request):
-            raise TypeError(f"Engine: the request is {type(request).__name__}; expected a difuse.Request")
-        if request.sampler not in STEPS:
-            near = difflib.get_close_matches(str(request.sampler), STEPS, n=1, cutoff=0)[0]
-            raise ValueError(f"Engine: sampler {request.sampler!r} is unknown; did you mean {near!r}? Expected one of "
-                             f"{', '.join(STEPS)}")
-        if request.eta and request.sampler != "ddim":
-            raise ValueError(f"Engine: eta is {request.eta} with {request.sampler}; only ddim takes one")
-        if isinstance(request.seed, bool) or not isinstance(request.seed, int):
-            raise TypeError(f"Engine: seed is {request.seed!r}; expected an integer")
-        if not math.isfinite(request.guidance):
-            raise ValueError(f"Engine: guidance is {request.guidance}; expected a finite number")
-        if self._null is None:
-            if request.label is not None or request.guidance != 1:
-                raise ValueError(f"Engine: label {request.label!r} with guidance {request.guidance}, but the model has "
-                                 "no classes (num_classes); expected label=None and guidance=1")
-        elif isinstance(request.label, bool) or not isinstance(request.label, int):
-            raise TypeError(f"Engine: label is {request.label!r}; expected an integer")
-        elif not 0 <= request.label <= self._null:
-            raise ValueError(f"Engine: label is {request.label}; expected 0 to {self._null - 1}, or {self._null} for "
-                             "the null class")
-        if request.guidance != 1 and self._max_batch < 2:
-            raise ValueError("Engine: guidance needs two rows; expected max_batch >= 2, or guidance=1")
-        options = {"eta": request.eta} if request.sampler == "ddim" else {}
-        method = STEPS[request.sampler](self._process, request.steps, self._prediction, **options)
-        return _Taken(request, method, self._null)
+    def _stop(self, cancel):
+        with self._changed:
+            self._closed = True
+            left = [*self._waiting, *self._running]
+            self._changed.notify()
+        for each in left if cancel else ():  # not under the lock: cancelling runs somebody's callbacks
+            each.future.cancel()
+
+    def _at_exit(self):
+        if os.getpid() == self._process_id:
+            self._stop(cancel=True)
+            while self._computing:  # a kernel must not outlive the interpreter; a callback that waits for it may
+                self._thread.join(0.01)
+            self._thread.join(1)
+
+    def _beyond(self):
+        """How many requests wait that do not fit in now."""
+        free = self._max_batch - sum(len(each.labels) for each in self._running if not each.future.done())
+        beyond = 0
+        for each in self._waiting:
+            if not each.future.done():
+                free -= len(each.labels)
+                beyond += free < 0
+        return beyond
 
     def _serve(self):
+        cause = None
         try:
-            while self._admit():
-                self._advance(self._running)
-        except BaseException as error:  # nobody shall wait for a thread that is gone
+            with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+                while (running := self._next()) is not None:
+                    if running:
+                        self._advance(running)
+        except BaseException as error:
+            cause = error
+            raise
+        finally:  # nobody shall wait for a thread that is gone
             with self._changed:
                 self._closed = True
-                for each in (*self._running, *self._waiting):
-                    each.settle(error)
-            raise
+                left = [*self._running, *self._waiting]
+            for each in left:
+                ended = RuntimeError("Engine: its thread ended")
+                ended.__cause__ = cause
+                try:
+                    each.settle(ended)
+                except BaseException:  # of a callback of that future; the others come all the same
+                    traceback.print_exc()
+            atexit.unregister(self._at_exit)
 
-    def _admit(self):
-        """Let go of what is over and take in what fits, waiting for something to do; False when all is done."""
+    def _next(self):
+        """The requests of the next step, started. Waits for some; None when all is done."""
         with self._changed:
             while True:
                 self._running = [each for each in self._running if not each.is_over()]
+                self._waiting = deque(each for each in self._waiting if not each.is_over())
                 rows = sum(len(each.labels) for each in self._running)
                 while self._waiting and rows + len(self._waiting[0].labels) <= self._max_batch:
-                    each = self._waiting.popleft()
-                    if not each.is_over():
-                        each.start(self._shape, self._device)
-                        self._running.append(each)
-                        rows += len(each.labels)
+                    self._running.append(self._waiting.popleft())
+                    rows += len(self._running[-1].labels)
                 if self._running:
-                    return True
+                    break
                 if self._closed:
-                    return False
+                    return None
                 self._changed.wait()
+            running = list(self._running)
+        for each in running:
+            if each.x is None:
+                try:
+                    each.start(self._shape, self._device)
+                except BaseException as error:
+                    each.settle(_released(error))
+        return [each for each in running if not each.over]
 
-    @torch.no_grad()
     def _advance(self, running):
         """One step for these. If the model fails, for each half by itself, down to the requests that make it fail."""
-        try:
-            states = self._step(running)
-        except Exception as error:
-            if len(running) == 1:
-                running[0].settle(error)
-                return
+        states, error = self._try(running)
+        if error is None:
+            for each, x in zip(running, states, strict=True):
+                each.advance(x)
+                self._report(each)
+        elif len(running) == 1:
+            running[0].settle(error)
+        else:
             middle = len(running) // 2
             self._advance(running[:middle])
             self._advance(running[middle:])
-            return
-        for each, x in zip(running, states.unbind(), strict=True):
-            each.advance(x.clone())  # not a view, which would keep the whole batch
-            self._report(each)
+
+    def _try(self, running):
+        """(states, None), or (None, the error)."""
+        self._computing = True
+        try:
+            return self._step(running), None
+        except BaseException as error:
+            return None, _released(error)
+        finally:
+            self._computing = False
 
     def _report(self, each):
         try:
             if each.request.callback is not None and not each.future.cancelled():
                 each.request.callback(each.step - 1, each.x.clone())
-        except Exception as error:
-            each.settle(error)
-        else:
-            if each.step == len(each.std):
-                each.settle()
+        except BaseException as error:
+            each.settle(_released(error))
+        if each.step == len(each.std) and not each.over:
+            if each.x.is_cuda:  # the image is there, not only under way, whatever stream its reader is on
+                torch.cuda.current_stream(each.x.device).synchronize()
+            each.settle()
 
+    @torch.no_grad()
     def _step(self, running):
-        """The next states [n,C,H,W] of n requests: one call of the model and one update."""
+        """The next states [C,H,W] of these n requests: one call of the model and one update."""
         n, channels = len(running), self._shape[0]
-        guided = [i for i, each in enumerate(running) if len(each.labels) == 2]
+        guided = torch.tensor([i for i, each in enumerate(running) if len(each.labels) == 2], dtype=torch.int64)
+        t = torch.stack([each.times[each.step] for each in running])
+        table = torch.stack([each.table[each.step] for each in running])
+        columns = [0, 1] + [2] * (len(guided) > 0)  # of the state, one output, the other one, noise
+        z = None
+        if any(each.std[each.step] for each in running):
+            z = torch.stack([each.noise() for each in running])
+            columns.append(3)
+        labels = [each.labels[0] for each in running] + [self._null] * len(guided)
+        y = None if self._null is None else torch.tensor(labels)  # [R], the conditional rows first
+        t, table = torch.cat((t, t[guided])), table[:, None, columns]  # [R], [n,1,J]
+        t, table, z, y, guided = map(self._on_device, (t, table, z, y, guided))
         x = torch.stack([each.x for each in running])  # [n,C,H,W]
-        t = torch.stack([each.times[each.step] for each in running])  # [n]
-        table = torch.stack([each.table[each.step] for each in running])[:, None].to(self._device)  # [n,1,4]
-        rows = torch.cat((x, x[guided]))  # [R,C,H,W], the conditional rows first
-        t = torch.cat((t, t[guided])).to(self._device)  # [R]
-        if self._null is None:
-            out = self._model(rows, t)
-        else:
-            labels = [each.labels[0] for each in running] + [self._null] * len(guided)
-            out = self._model(rows, t, torch.tensor(labels, device=self._device))
+        rows = torch.cat((x, x[guided]))  # [R,C,H,W]
+        out = self._model(rows, t) if y is None else self._model(rows, t, y)
         if out.shape not in ((len(rows), channels, *x.shape[2:]), (len(rows), 2 * channels, *x.shape[2:])):
             raise ValueError(f"Engine: the model returned shape {tuple(out.shape)}; expected {tuple(rows.shape)}, or "
                              "twice the channels with a learned sigma")
-        null = list(range(n))  # a request without guidance takes its own output there, with the weight 1 - w = 0
-        for row, i in enumerate(guided):
-            null[i] = n + row
-        inputs = (x, out[:n, :channels], out[null][:, :channels])
-        if any(each.std[each.step] for each in running):
-            inputs += (torch.stack([each.noise() for each in running]).to(self._device),)
-        return sampler_step(inputs, table[..., : len(inputs)], out_dtypes=(torch.float32,))[0]
+        inputs = [x, out[:n, :channels]]
+        if len(guided):
+            null = torch.zeros_like(inputs[1])  # of a request without guidance, whose weight is 0 there
+            inputs.append(null.index_copy_(0, guided, out[n:, :channels]))
+        if z is not None:
+            inputs.append(z)
+        states, = sampler_step(inputs, table, out_dtypes=(torch.float32,))
+        return [state.clone() for state in states]  # no views, which would keep the whole batch
+
+    def _on_device(self, tensor):
+        if tensor is None or self._device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)  # else the copy would wait for the GPU
+
+
+def _released(error):
+    """The error with its traceback as a note: frames, kept with it, would hold whole batches."""
+    note = "".join(traceback.format_exception(error))
+    if note not in getattr(error, "__notes__", ()):
+        error.add_note(note)
+    seen, each = set(), error
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error
