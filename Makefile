@@ -14,7 +14,7 @@ demo: $(READY)  ## train on real digits, sample, judge; pictures and report unde
 	$(BIN)/difuse demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -31,7 +31,7 @@ kernels: $(READY)  ## read what the compilers make of the GPU kernels, no GPU ne
 
 oldest-triton: $(READY)  ## the same, and every kernel once, on the oldest Triton that is promised
 	test -d $(OLDEST) || $(BIN)/pip install -q --no-deps --target $(OLDEST) triton==$(TRITON_OLDEST)
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 tests/test_op_contract.py -k "error_budget and triton and bf16"
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_op_contract.py -k "error_budget and triton and bf16"
 	env -u TRITON_INTERPRET PYTHONPATH=$(OLDEST) $(BIN)/python -m benchmarks.kernel_report --quick --check
 
 # bf16 and fp32: fp16 takes bf16's path, and the largest cases are run once

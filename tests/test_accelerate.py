@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import difuse
+from difuse.integrations import products
 from difuse_kernels.testing.numerics import OUTLIER
 
 pytest.importorskip("diffusers")
@@ -281,13 +282,10 @@ def test_lora_added_switched_and_removed(subject, order):
         assert same(ours, eager) if isinstance(eager, dict) else near(ours, eager)
 
 
-WIDE = [(name, block) for name in NAMES for block in load(name).wide]
-FIRST = [(name, next(iter(load(name).wide))) for name in NAMES]
-
-
-@pytest.mark.parametrize("name, block, dtype", [(*pair, "fp32") for pair in WIDE] + [(*pair, "bf16") for pair in FIRST])
-def test_wide_blocks_within_the_error_budget(name, block, dtype):
-    block, args, kwargs = load(name).wide[block](DTYPES[dtype])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wide_block_within_the_error_budget(name, dtype):
+    block, args, kwargs = next(iter(load(name).wide.values()))(DTYPES[dtype])
     if dtype == "bf16" and any(isinstance(module, nn.Conv2d) for module in block.modules()):
         pytest.skip("eager's bfloat16 convolution takes minutes on a CPU that emulates it")
     streams = {"hidden_states", "encoder_hidden_states", "x", "input_tensor"} if dtype == "fp32" else ()
@@ -296,6 +294,9 @@ def test_wide_blocks_within_the_error_budget(name, block, dtype):
     names = differentiable(kwargs)
     ours = copy.deepcopy(block)
     assert difuse.accelerate(ours).blocks == (1, 1) and names
+    for module in block.modules():  # an emulated product gives the same (test_products.py) and takes minutes
+        if type(module) is nn.Linear and dtype == "bf16":
+            module.forward = functools.partial(products.linear, module)
     found, eager = (forward_and_gradients(each, args, kwargs, names) for each in (ours, block))
     judged = distance(found, eager, truth(block, args, kwargs, names), DTYPES[dtype])
     assert judged.ok, judged
