@@ -63,7 +63,7 @@ def proof(family):
 def calls(module, args, kwargs):
     """{"forward": function, "training": function} of one block; training: forward and the gradients of all it takes."""
     names = differentiable(kwargs)
-    inputs = {key: cast(value, value.dtype, grad=key in names) for key, value in kwargs.items()}
+    inputs = {key: cast(value, value.dtype, grad=True) if key in names else value for key, value in kwargs.items()}
     leaves = [*module.parameters(), *(inputs[key] for key in names)]
     with torch.no_grad():
         grads = [torch.ones_like(out) for out in tensors(module(*args, **kwargs))]
@@ -103,6 +103,7 @@ def speed(family, compiles):
                 torch._dynamo.reset()
                 contenders["compile"] = torch.compile(copy.deepcopy(block))
             contenders = {label: calls(module, args, kwargs) for label, module in contenders.items()}
+            once = {}
             for kind in ("forward", "training"):
                 functions = {label: each[kind] for label, each in contenders.items()}
                 seconds(functions["difuse"])

@@ -3,6 +3,7 @@ import copy
 import gc
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import difuse
 from difuse.diffusion import VP
-from difuse.inference.packed import Modulation, PackedLinear
+from difuse.inference.packed import PackedProduct
 from tests.tiny_training import tiny_model
 
 pytest.importorskip("diffusers")
@@ -64,14 +65,19 @@ def test_every_family_within_the_error_budget(name):
     assert torch.equal(own, out(eager, **inputs))
 
 
-def test_no_weight_is_shared_and_every_product_is_packed(model):
+def size(model):
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def test_no_weight_is_shared_and_every_product_over_tokens_is_packed(model):
     frozen, expected = difuse.freeze(model), out(model, *CALL)
-    plain = [name for name, module in frozen.named_modules() if type(module) is nn.Linear]
-    assert all("adaLN_modulation" in name for name in plain)
-    assert sum(isinstance(module, PackedLinear) for module in frozen.modules()) == 8
-    size = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    packed = [name for name, module in frozen.model.named_modules() if isinstance(module, PackedProduct)]
+    assert packed == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2",
+                      "final_layer.linear"]
+    for name in packed:
+        assert torch.equal(frozen.get_submodule(name).weight, model.get_submodule(name).weight)
     memory = frozen.memory()
-    assert memory["packed"] + memory["other"] == size and memory["hoisted"] == 0
+    assert memory["packed"] + memory["other"] == size(model) and min(memory.values()) > 0
     with torch.no_grad():
         for weight in (*model.parameters(), *model.buffers()):
             weight.add_(1)
@@ -88,53 +94,142 @@ def test_weights_of_the_model_are_not_kept_alive():
     assert linear() is None and weight() is None and isinstance(frozen, difuse.inference.freeze.Frozen)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_model_in_another_dtype_is_frozen_in_float32(model, dtype):
-    frozen = difuse.freeze(copy.deepcopy(model).to(dtype))
-    torch.testing.assert_close(out(frozen, *CALL), out(model, *CALL), rtol=0.05, atol=0.05)
-    assert out(frozen, *CALL).dtype == torch.float32
+class Mlp(nn.Module):
+    """timm's."""
+
+    def __init__(self, approximate):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(48, 96), nn.GELU(approximate), nn.Linear(96, 48)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class GatedMlp(Mlp):
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(h * self.act(h))
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_gelus_are_computed_with_the_product_before_them(approximate):
-    model = load("facebook_dit").build().eval()
-    for block in model.blocks:
-        block.mlp.act = nn.GELU(approximate)
-    frozen = difuse.freeze(model)
-    assert {block.mlp.fc1.activation for block in frozen.blocks} == {("gelu", approximate)}
-    inputs = load("facebook_dit").inputs(torch.float32)
-    assert error(out(frozen, **inputs), out(model, **inputs)) < 1e-5
-
-
-class GatedMlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(48, 144), nn.GELU(), nn.Linear(72, 48)
-
-    def forward(self, x):
-        a, b = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(a * self.act(b))
-
-
-class ResidualMlp(GatedMlp):
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(48, 72)
-
-    def forward(self, x):
-        h = self.fc1(x)
-        return self.fc2(h + self.act(h))
-
-
-@pytest.mark.parametrize("mlp", [GatedMlp, ResidualMlp])
-def test_an_mlp_that_does_more_with_fc1_keeps_its_gelu(mlp):
+@pytest.mark.parametrize("kind", [Mlp, GatedMlp])
+def test_gelus_of_known_mlps_are_computed_with_the_product_before_them(kind, approximate, monkeypatch):
+    monkeypatch.setattr(Mlp, "__module__", "timm.layers.mlp")
     model, inputs = load("facebook_dit").build().eval(), load("facebook_dit").inputs(torch.float32)
     for block in model.blocks:
-        assert block.mlp.fc1.in_features == 48
-        block.mlp = mlp().eval()
+        block.mlp = kind(approximate).eval()
     frozen = difuse.freeze(model)
-    assert type(frozen.blocks[0].mlp.act) is nn.GELU
+    fused = {block.mlp.fc1.gelu for block in frozen.blocks}
+    assert fused == ({approximate} if kind is Mlp else {None})
+    assert isinstance(frozen.blocks[0].mlp.act, nn.Identity if kind is Mlp else nn.GELU)
     assert error(out(frozen, **inputs), out(model, **inputs)) < 1e-5
+
+
+class SpecialLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("name, product", [("pixart", "transformer_blocks.0.ff.net.0.proj"),
+                                           ("flux", "single_transformer_blocks.0.proj_mlp")])
+@pytest.mark.parametrize("how", ["tied", "subclass", "gelu at two places", "other activation"])
+def test_a_gelu_stays_where_its_product_is_not_packed_and_goes_where_it_is(name, product, how):
+    model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
+    linear, other = model.get_submodule(product), model.get_submodule(product.replace("0", "1", 1))
+    if how == "tied":
+        other.weight = linear.weight
+    elif how == "subclass":
+        linear.__class__ = SpecialLinear
+    elif how == "gelu at two places" and name == "pixart":
+        model.transformer_blocks[1].ff.net[0] = model.transformer_blocks[0].ff.net[0]
+    elif name == "flux":
+        model.single_transformer_blocks[0].act_mlp = nn.SiLU()
+    frozen = difuse.freeze(model)
+    assert error(out(frozen, **inputs), out(model, **inputs)) < 1e-5
+
+
+class LowRank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(48, 4), nn.Linear(4, 288)
+
+    def forward(self, c):
+        return self.b(torch.tanh(self.a(c)))
+
+
+@pytest.mark.parametrize("modulation", [
+    lambda: nn.Sequential(nn.GELU(), nn.Linear(48, 288)), lambda: nn.Linear(48, 288), LowRank,
+    lambda: nn.Sequential(nn.SiLU(), nn.Linear(48, 4), nn.Linear(4, 288))])
+def test_other_modulations(modulation):
+    model, inputs = load("facebook_dit").build().eval(), load("facebook_dit").inputs(torch.float32)
+    for block in model.blocks:
+        block.adaLN_modulation = modulation().eval()
+    assert error(out(difuse.freeze(model), **inputs), out(model, **inputs)) < 1e-5
+
+
+def test_a_block_at_several_places_is_packed_once():
+    model, inputs = load("pixart").build().eval(), load("pixart").inputs(torch.float32)
+    model.transformer_blocks = nn.ModuleList([model.transformer_blocks[0]] * 4)
+    frozen = difuse.freeze(model)
+    memory = frozen.memory()
+    assert memory["packed"] + memory["other"] == size(model)
+    assert error(out(frozen, **inputs), out(model, **inputs)) < 1e-5
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.mul_(0.9)
+    frozen.refresh()
+    assert error(out(frozen, **inputs), out(model, **inputs)) < 1e-5
+
+
+def test_diffusers_dit_still_runs_one_embedder():
+    model, inputs = load("dit").build().eval(), load("dit").inputs(torch.float32)
+    runs = []
+    kind = type(model.transformer_blocks[0].norm1.emb)
+    right = kind.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "forward", lambda self, *args, **kwargs: (runs.append(1), right(self, *args, **kwargs))[1])
+        out(difuse.freeze(model), **inputs)
+    assert len(runs) == 1
+
+
+def test_an_accelerated_model_keeps_its_backend_and_accelerating_again_is_harmless():
+    model, inputs = load("pixart").build().eval(), load("pixart").inputs(torch.float32)
+    expected = out(model, **inputs)
+    difuse.accelerate(model, backend="reference")
+    frozen = difuse.freeze(model)
+    assert "reference" in frozen.transformer_blocks[0].forward.args
+    assert error(out(frozen, **inputs), expected) < 1e-5
+    report = difuse.accelerate(frozen)
+    assert report.blocks == (3, 3) and "reference" not in frozen.transformer_blocks[0].forward.args
+    assert error(out(frozen, **inputs), expected) < 1e-5
+
+
+def test_default_dtype_and_inference_mode(model):
+    expected = out(model, *CALL)
+    torch.set_default_dtype(torch.float64)
+    try:
+        frozen = difuse.freeze(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(out(frozen, *CALL), expected, rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        inside = difuse.freeze(model)
+        torch.testing.assert_close(inside(*CALL), expected, rtol=1e-5, atol=1e-5)
+    inside.refresh()
+    with torch.inference_mode():
+        inside.refresh()
+        images = difuse.sample(inside, [0, 1], process=VP("linear"), prediction="v", steps=3)
+    torch.testing.assert_close(images, difuse.sample(model, [0, 1], process=VP("linear"), prediction="v", steps=3),
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_a_dropout_left_on_is_off():
+    model, inputs = load("pixart").build().eval(), load("pixart").inputs(torch.float32)
+    expected = out(model, **inputs)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+            module.train()
+    assert error(out(difuse.freeze(model), **inputs), expected) < 1e-5
 
 
 def test_a_weight_of_two_products_stays_plain(model):
@@ -186,6 +281,46 @@ def test_refresh_is_seen_by_a_cache_of_conditionings(name):
         assert torch.equal(out(frozen, **inputs), out(difuse.freeze(model), **inputs))
 
 
+def change(what, model):
+    if what == "lora":
+        peft = pytest.importorskip("peft")
+        model.add_adapter(peft.LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    elif what == "block":
+        model.transformer_blocks.append(copy.deepcopy(model.transformer_blocks[0]))
+    elif what == "activation":
+        model.single_transformer_blocks[0].act_mlp = nn.SiLU()
+    elif what == "shape":
+        model.proj_out = nn.Linear(model.proj_out.in_features, 2 * model.proj_out.out_features)
+    elif what == "bias":
+        model.proj_out.bias = None
+    else:
+        model.double()
+
+
+@pytest.mark.parametrize("what", ["lora", "block", "activation", "shape", "bias", "dtype"])
+def test_refresh_of_a_model_that_is_built_otherwise_by_now(what):
+    model, inputs = load("flux").build().eval(), load("flux").inputs(torch.float32)
+    frozen = difuse.freeze(model)
+    before = out(frozen, **inputs)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.mul_(0.9)
+    change(what, model)
+    with pytest.raises(RuntimeError, match="other modules, shapes or dtypes by now; freeze it anew"):
+        frozen.refresh()
+    assert torch.equal(out(frozen, **inputs), before)
+
+
+def test_refresh_while_the_model_is_trained(model):
+    frozen = difuse.freeze(model)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(*CALL).square().mean().backward()
+    optimizer.step()
+    frozen.refresh()
+    assert torch.equal(out(frozen, *CALL), out(difuse.freeze(model.eval()), *CALL))
+
+
 def test_refresh_without_the_model():
     frozen = difuse.freeze(tiny_model().eval())
     gc.collect()
@@ -193,63 +328,21 @@ def test_refresh_without_the_model():
         frozen.refresh()
 
 
-# hoisted
-
-@pytest.fixture
-def computed(monkeypatch):
-    """How many rows each computed modulation had."""
-    rows, right = [], Modulation.compute
-    monkeypatch.setattr(Modulation, "compute", lambda self, c: (rows.append(len(c)), right(self, c))[1])
-    return rows
-
-
-def test_modulations_of_known_times_and_labels_are_computed_once(model, computed):
-    frozen, (x, t, y) = difuse.freeze(model), CALL
-    expected, computed[:] = out(frozen, x, t, y), []
-    frozen.hoist(x[:1], t, y)
-    assert computed == [9, 9] and frozen.memory()["hoisted"] == 4 * 9 * 16 * (1 + 6 + 2)
-    torch.testing.assert_close(out(frozen, x, t, y), expected, rtol=1e-5, atol=1e-5)
-    shuffled = torch.tensor([2, 0, 1])
-    torch.testing.assert_close(out(frozen, x, t[shuffled], y), out(model, x, t[shuffled], y), rtol=1e-5, atol=1e-5)
-    frozen.hoist(x[:1], t, y.flip(0))  # the same set
-    assert computed == [9, 9]
-    for times, labels in ((t + 1, y), (t, torch.tensor([1, 0, 2]))):  # a time, a label that is not among them
-        torch.testing.assert_close(out(frozen, x, times, labels), out(model, x, times, labels), rtol=1e-5, atol=1e-5)
-    assert computed == [9, 9, 3, 3, 3, 3]
-    frozen.refresh()
-    assert frozen.memory()["hoisted"] == 0
-    assert torch.equal(out(frozen, x, t, y), expected)
-
-
-def test_many_pairs_and_fractional_times(model, computed):
-    frozen, x = difuse.freeze(model), CALL[0]
-    times = torch.linspace(0, 999, 13)
-    frozen.hoist(x[:1], times, torch.arange(4))
-    assert computed == [52, 52]
-    for t in times:
-        torch.testing.assert_close(out(frozen, x, t.expand(3), CALL[2]), out(model, x, t.expand(3), CALL[2]), rtol=1e-5,
-                                   atol=1e-5)
-    assert computed == [52, 52]
-
+# in use
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_sampling(model, computed, sampler, guidance):
-    frozen = difuse.freeze(model)
-    options = dict(process=VP("linear"), prediction="v", sampler=sampler, steps=6, guidance=guidance)
-    images = difuse.sample(frozen, [0, 2, 0], **options)
+def test_sampling(model, guidance):
+    options = dict(process=VP("linear"), prediction="v", sampler="ddpm", steps=6, guidance=guidance)
+    images = difuse.sample(difuse.freeze(model), [0, 2, 0], **options)
     torch.testing.assert_close(images, difuse.sample(model, [0, 2, 0], **options), rtol=1e-4, atol=1e-4)
-    assert computed == [6 * (2 if guidance == 1 else 3)] * 2  # once, before the loop
 
 
-def test_other_models_have_nothing_to_hoist():
-    family = load("sd3")
-    frozen = difuse.freeze(family.build().eval())
-    frozen.hoist(None, torch.arange(3), torch.arange(3))
-    assert frozen.memory()["hoisted"] == 0
+def test_threads(model):
+    frozen = difuse.freeze(model)
+    expected = out(frozen, *CALL)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(lambda _: out(frozen, *CALL), range(40)))
 
-
-# in use
 
 def test_engine(model):
     frozen = difuse.freeze(model)
@@ -272,6 +365,19 @@ def test_attributes_are_the_models(model):
     assert frozen.num_classes == 3 and frozen.config == model.config and frozen.blocks[0].attn.num_heads == 2
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         frozen.nothing  # noqa: B018
+    frozen.num_classes = 2
+    assert frozen.model.num_classes == frozen.num_classes == 2 and model.num_classes == 3
+
+
+def test_other_methods_than_forward():
+    """They run in the caller's gradient mode and autocast, which packed products refuse where they matter."""
+    model = load("vae").build().eval()
+    frozen, z = difuse.freeze(model), torch.randn(1, model.config.latent_channels, 4, 4)
+    assert error(out(frozen.decode, z), out(model.decode, z)) < 1e-5
+    with pytest.raises(RuntimeError, match="a frozen model has no gradients"):
+        frozen.decode(z.requires_grad_())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="outside of torch.a"):
+        frozen.decode(z)
 
 
 # refused
@@ -282,6 +388,11 @@ def test_attributes_are_the_models(model):
     (lambda model: difuse.freeze(model), ValueError, "frozen already"),
     (lambda model: model.to("meta"), ValueError, "on meta; expected the CPU"),
     (lambda model: nn.Linear(3, 3).eval(), ValueError, "nothing in Linear is known"),
+    (lambda model: model.bfloat16(), ValueError, "weights are torch.bfloat16; expected torch.float32 alone"),
+    (lambda model: (model.final_layer.double(), model)[1], ValueError,
+     "weights are torch.float32, torch.float64; expected"),
+    (lambda model: (nn.utils.parametrizations.weight_norm(model.blocks[0].attn.qkv), model)[1], ValueError,
+     "blocks.0.attn.qkv has parametrized weights"),
     (lambda model: (model.blocks[0].register_forward_hook(print), model)[1], ValueError, r"blocks.0 has hooks"),
     (lambda model: (setattr(model.blocks[0].mlp, "forward", print), model)[1], ValueError,
      r"the forward of blocks.0.mlp was replaced by somebody"),
@@ -314,6 +425,9 @@ def test_other_precisions(model):
     (lambda frozen: frozen.half(), RuntimeError, "stays float32 on the CPU"),
     (lambda frozen: frozen.to("meta"), RuntimeError, "on meta"),
     (lambda frozen: frozen.state_dict(), RuntimeError, "save the model it was made from"),
+    (lambda frozen: frozen.model.state_dict(), RuntimeError, "save the model it was made from"),
+    (lambda frozen: frozen.load_state_dict(tiny_model(1).state_dict()), RuntimeError, "loads no weights"),
+    (lambda frozen: frozen.load_facebookresearch(tiny_model(1).state_dict()), RuntimeError, "loads no weights"),
     (pickle.dumps, TypeError, "copy or pickle the model it was made from"),
     (copy.deepcopy, TypeError, "copy or pickle the model it was made from"),
 ])
@@ -324,6 +438,17 @@ def test_what_a_frozen_model_cannot_do(model, what, kind, message):
         what(frozen)
     assert torch.equal(frozen(*CALL), expected)
     assert frozen.eval() is frozen and frozen.float() is frozen and frozen.train(False) is frozen
+
+
+def test_inputs_in_another_dtype():
+    with pytest.raises(TypeError, match="a frozen model's product got torch.float64; expected torch.float32"):
+        difuse.freeze(load("sit").build().eval()).blocks[0].attn.qkv(torch.zeros(1, 48, dtype=torch.float64))
+
+
+def test_nothing_is_saved(tmp_path):
+    frozen = difuse.freeze(load("flux").build().eval())
+    with pytest.raises(RuntimeError, match="save the model it was made from"):
+        frozen.save_pretrained(tmp_path)
 
 
 def test_errors_of_the_model_are_the_models(model):

@@ -171,8 +171,6 @@ def _integrate(sampler, model, noise, method, labels, guidance, generators, call
     predict = GuidedModel(sampler, model, labels, guidance, noise)
     table = method.table(predict.weights).to(noise.device)[:, None]  # [steps,1,J]
     times = method.times.to(noise.device)
-    if predict.labels is not None and hasattr(model, "hoist"):  # a frozen model's
-        model.hoist(noise[:1], times, predict.labels)
 
     def advance(x, t, coefficients, labels, z):
         inputs = (x, *predict(x, t, labels)) + (() if z is None else (z,))

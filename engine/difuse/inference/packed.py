@@ -1,73 +1,47 @@
-"""What takes the place of a frozen model's layers: packed products, and modulations that are known beforehand."""
-import weakref
-
+"""A matrix product of a frozen model: oneDNN's, on a weight that was packed once."""
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 
-class PackedLinear(nn.Module):
-    """x [...,K] -> [...,N]: nn.Linear with its weight in oneDNN's own layout, and perhaps a GELU in the same pass.
+class PackedProduct(nn.Module):
+    """x [...,K] -> [...,N]: the nn.Linear it was made from, in float32, and perhaps a GELU in the same pass.
 
     gelu: "tanh" or "none" (exact), as of nn.GELU, or None for no activation.
     """
 
-    def __init__(self, linear, gelu=None):
+    def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.activation = ("none", "") if gelu is None else ("gelu", gelu)
+        self.gelu = None
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         self.times_packed = 0  # tells `cache_conditioning` that the weight is another one
-        self.bias = None if linear.bias is None else nn.Parameter(torch.empty(self.out_features), requires_grad=False)
         self.pack(linear)
 
     def pack(self, linear):
-        """Read the weight and bias of `linear` again, as float32."""
+        """Read the weight and bias of `linear` again."""
         # no buffer: it must stay as it is when the model is moved or converted
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().float().contiguous())
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous())
         self.times_packed += 1
         if self.bias is not None:
-            self.bias.data.copy_(linear.bias)
+            self.bias.data.copy_(linear.bias.detach())
+
+    @property
+    def weight(self):
+        """[N,K], unpacked anew at every access, for those who read it: slow, and nobody's gradient."""
+        return self.packed.to_dense()
 
     def forward(self, x):
-        name, algorithm = self.activation
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+        """Raises TypeError for what is not float32, RuntimeError where a gradient is asked for."""
+        if x.dtype != torch.float32:
+            raise TypeError(f"a frozen model's product got {x.dtype}; expected torch.float32. Convert the inputs with "
+                            ".float(), and call it outside of torch.autocast")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("a frozen model has no gradients; call it under torch.no_grad()")
+        name, algorithm = ("none", "") if self.gelu is None else ("gelu", self.gelu)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)  # [...,N]
 
     def extra_repr(self):
-        return f"{self.in_features}, {self.out_features}, activation={' '.join(self.activation).strip()}"
+        return f"{self.in_features}, {self.out_features}, gelu={self.gelu}"
 
-
-class Known:
-    """Conditionings [n,D] of a trajectory, whose modulations are computed before its loop."""
-
-    def __init__(self):
-        self.conditionings, self._last = None, (None, None, None)
-
-    def rows(self, c):
-        """Which of the known conditionings the rows of c [B,D] are, or None if one is not among them."""
-        if self.conditionings is None or c.shape[1:] != self.conditionings.shape[1:]:
-            return None
-        last, version, rows = self._last
-        if last is None or last() is not c or version != c._version:  # every block asks for the same tensor
-            equal = (c[:, None] == self.conditionings).all(-1)  # [B,n]
-            rows = equal.int().argmax(1) if equal.any(1).all() else None
-            self._last = weakref.ref(c), c._version, rows
-        return rows
-
-
-class Modulation(nn.Module):
-    """c [B,D] -> [B,k*D]: Linear(SiLU(c)), looked up where the conditioning is known."""
-
-    def __init__(self, linear, known):
-        super().__init__()
-        self.linear, self.known, self.table = linear, known, None
-
-    def hoist(self):
-        """Compute the rows of all known conditionings, reading the weight once."""
-        self.table = None if self.known.conditionings is None else self.compute(self.known.conditionings)  # [n,k*D]
-
-    def compute(self, c):
-        return self.linear(F.silu(c))
-
-    def forward(self, c):
-        rows = None if self.table is None else self.known.rows(c)
-        return self.compute(c) if rows is None else self.table[rows]
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        raise RuntimeError("a frozen model's weights are packed for this machine; save the model it was made from")
