@@ -264,6 +264,15 @@ def test_a_step_that_is_run_again_draws_no_other_noise(toy, monkeypatch):
     assert all(map(torch.equal, images, [alone(toy, request, VP("linear")) for request in requests]))
 
 
+def test_one_error_raised_many_times_carries_one_traceback(toy):
+    toy.bad = range(9)
+    with Engine(toy, process=VP("linear"), prediction="v", max_batch=64) as engine:
+        futures = [engine.submit(Request(1, seed)) for seed in range(32)]
+        assert all(future.exception(WAIT) is toy.error for future in futures)
+    note, = toy.error.__notes__
+    assert note.startswith("Raised in difuse.Engine:\nTraceback") and "raise self.error" in note and len(note) < 5000
+
+
 def test_a_callback_that_raises_fails_its_request(toy):
     error = LookupError("no such folder")
 

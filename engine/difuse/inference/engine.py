@@ -24,6 +24,8 @@ from difuse.diffusion.processes import VP, Flow
 from difuse.inference.requests import check_integer, take
 from difuse_kernels import sampler_step
 
+_RAISED = "Raised in difuse.Engine:\n"
+
 
 class Engine:
     """Serves requests on one thread, as many as fit into `max_batch` rows at a time, first come first served.
@@ -245,9 +247,8 @@ class Engine:
 
 def _released(error):
     """The error with its traceback as a note: frames, kept with it, would hold whole batches."""
-    note = "".join(traceback.format_exception(error))
-    if note not in getattr(error, "__notes__", ()):
-        error.add_note(note)
+    if not any(note.startswith(_RAISED) for note in getattr(error, "__notes__", ())):  # raised before
+        error.add_note(_RAISED + "".join(traceback.format_exception(error)))
     seen, each = set(), error
     while each is not None and id(each) not in seen:
         seen.add(id(each))
