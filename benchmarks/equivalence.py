@@ -7,6 +7,7 @@ every family: a run of one family, or an interrupted one, leaves the other famil
 """
 import argparse
 import copy
+import functools
 import json
 import platform
 import subprocess
@@ -134,15 +135,20 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [head, ["---"] * len(head), *rows])
 
 
+@functools.cache
+def commit():
+    """The commit of this checkout; asked for before the report itself is changed."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+
+
 def machine():
     """Where and with what this ran."""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     versions = ", ".join(f"{name} {sys.modules[name].__version__}" for name in ("torch", "diffusers")
                          if name in sys.modules)
     return (f"{cpu}, {torch.get_num_threads()} threads, bfloat16 instructions: "
-            f"{'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}; {versions}; commit {commit or '-'}")
+            f"{'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}; {versions}; commit {commit() or '-'}")
 
 
 def places(found, part):
@@ -195,6 +201,7 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile beside eager, float32")
     parser.add_argument("--out", type=Path, default=Path("docs/equivalence.md"))
     args = parser.parse_args(argv)
+    commit()
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     state = args.out.with_suffix(".json")
     found = json.loads(state.read_text()) if state.exists() else {}
