@@ -4,6 +4,7 @@ import dataclasses
 import torch
 
 from benchmarks.kernel_report_cases import CALLS
+from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Case
 
 PRODUCTION = (  # op, name in kernel_report_cases; a tensor of each is some 20 to 50 million elements
@@ -18,6 +19,11 @@ PRODUCTION = (  # op, name in kernel_report_cases; a tensor of each is some 20 t
 BATCHES = (("patchify", "DiT-XL/2 512, batch 2048", lambda make: ((make("x", 2048, 4, 64, 64), 2), {"order": "cpq"})),
            ("unpatchify", "DiT-XL/2 512, batch 2048",
             lambda make: ((make("tokens", 2048, 1024, 32), 2, (32, 32)), {"order": "pqc"})))
+
+
+def on_gpus(cases):
+    """Those whose op has a kernel for GPUs; the others are torch's there."""
+    return [case for case in cases if {"cuda", "triton"} & set(OPS[case.op].backends)]
 
 
 def production():

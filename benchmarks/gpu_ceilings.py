@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import difuse_kernels
 from benchmarks.bench_ops import ONE_ROW, OVERHEAD, first_shape
+from benchmarks.gpu_cases import on_gpus
 from benchmarks.gpu_device import QueuedClock, host_clock
 from benchmarks.gpu_plan import Job
 from benchmarks.timing import interleaved, versus
@@ -23,7 +24,7 @@ def jobs(device):
     """The ceilings, then what one call of each op costs the host."""
     return [Job("ceilings", "ceilings", functools.partial(ceilings, device), "ceilings", cap=90),
             *(Job("ceilings", f"overhead {case.op}", functools.partial(overhead, device, case), "ceilings")
-              for case in ONE_ROW)]
+              for case in on_gpus(ONE_ROW))]
 
 
 def ceilings(device):

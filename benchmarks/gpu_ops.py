@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import difuse_kernels
 from benchmarks import rivals, roofline
 from benchmarks.bench_ops import BOTH, DTYPES, FORWARD, ONE_ROW, first_shape, gate
-from benchmarks.gpu_cases import drawn_once, production
+from benchmarks.gpu_cases import drawn_once, on_gpus, production
 from benchmarks.gpu_ceilings import kernel_backends
 from benchmarks.gpu_device import QueuedClock
 from benchmarks.gpu_plan import Job
@@ -31,7 +31,7 @@ DTYPE = "bf16"
 
 def jobs(device):
     """Production calls first, then the speed cases; then the production calls once more, with torch.compile."""
-    large, small = (ONE_ROW, []) if device.dry else (production(), cases(speed=True))
+    large, small = (on_gpus(ONE_ROW), []) if device.dry else (production(), on_gpus(cases(speed=True)))
     found = [Job("ops", f"ops {case}", functools.partial(rows, device, case), "ops") for case in (*large, *small)]
     return found + [Job("ops", f"ops {case}, compiled", functools.partial(rows, device, case, compiles=True),
                         "compiled ops", least=20.0, cap=75.0, may_be_cut=True)

@@ -23,6 +23,7 @@ BACKWARD_READS = {
     "unpatchify": ((), ()),
     "sampler_step": ((), ()),
     "gated_activation": ((0,), ()),
+    "gelu_tanh": ((0,), ()),
     "group_norm_act": ((0,), ()),
     "qk_norm_rope": ((0, 1), ()),
     "qk_norm_rope_joint": (tuple(9 * i + field for i in range(4) for field in (0, 1, 7, 8)), ()),  # v's is handed on
@@ -33,6 +34,7 @@ FLOPS_PER_ELEMENT = {  # forward, backward; LayerNorm 6, modulate 2, gate 2, an 
     "gate_residual_norm_modulate": (10, 16),
     "norm_modulate_dual": (10, 18),
     "gated_activation": (10, 20),
+    "gelu_tanh": (10, 20),
     "group_norm_act": (17, 28),
     "qk_norm_rope": (8, 16),
     "qk_norm_rope_joint": (8, 16),

@@ -7,7 +7,7 @@
 
 namespace difuse {
 
-enum class DType : int { f32, bf16, f16, i32 };
+enum class DType : int { f32, bf16, f16, i32, u8 };
 
 constexpr int kMaxDims = 8;
 constexpr int kNoDevice = -2, kCpu = -1;  // from 0 on: the number of a GPU
@@ -83,7 +83,16 @@ struct Queue {
   X(norm_modulate_dual_backward, (const Tensor& dh, const Tensor& dh2, const Tensor& x, const Tensor& scale,           \
                                   const Tensor& shift, const Tensor& scale2, const Tensor& shift2, const Tensor& mean, \
                                   const Tensor& rstd, bool rms, const Tensor& dx, const Tensor& dscale,                \
-                                  const Tensor& dshift, const Tensor& dscale2, const Tensor& dshift2))
+                                  const Tensor& dshift, const Tensor& dscale2, const Tensor& dshift2))                 \
+  /* x and dout [...,F] strided but for their last dimension, out and dx contiguous. */                                \
+  X(gelu_tanh_forward, (const Tensor& x, const Tensor& out))                                                           \
+  X(gelu_tanh_backward, (const Tensor& dout, const Tensor& x, const Tensor& dx))                                       \
+  /* codes u8 [M,K] and their scale f32 [M] of act(x * row_scale + bias) * smooth; x [M,K], row_scale f32 [M], bias    \
+     and smooth f32 [K], all three may be absent. activation is "none", "gelu" or "gelu_tanh". */                      \
+  X(quantize, (const Tensor& x, const Tensor& row_scale, const Tensor& bias, const char* activation,                   \
+               const Tensor& smooth, const Tensor& codes, const Tensor& scale))                                        \
+  /* sums f32 [M,N] become act(sums * row_scale + bias) where they lie. */                                             \
+  X(dequantize, (const Tensor& sums, const Tensor& row_scale, const Tensor& bias, const char* activation))
 
 // On the CPU and on GPUs.
 #define DIFUSE_OPS(X)                                                                                                  \

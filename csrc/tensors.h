@@ -49,12 +49,12 @@ struct Names {
   PyObject *data_ptr = PyUnicode_InternFromString("data_ptr"), *stride = PyUnicode_InternFromString("stride"),
            *shape = PyUnicode_InternFromString("shape"), *dtype = PyUnicode_InternFromString("dtype"),
            *get_device = PyUnicode_InternFromString("get_device");
-  PyObject *dtypes[4], *tensor_type;
+  PyObject *dtypes[5], *tensor_type;
   const ExchangeApi* api;
   Names() {
     py::module_ torch = py::module_::import("torch");
-    const char* names[] = {"float32", "bfloat16", "float16", "int32"};
-    for (int i = 0; i < 4; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+    const char* names[] = {"float32", "bfloat16", "float16", "int32", "uint8"};
+    for (int i = 0; i < 5; ++i) dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
     tensor_type = py::object(torch.attr("Tensor")).release().ptr();
     api = exchange_api(reinterpret_cast<PyTypeObject*>(tensor_type));
   }
@@ -65,7 +65,7 @@ inline const Names& names() {
 }
 
 [[noreturn]] inline void refuse_dtype() {
-  throw std::runtime_error("the native kernels take float32, bfloat16, float16 and int32 tensors");
+  throw std::runtime_error("the native kernels take float32, bfloat16, float16, int32 and uint8 tensors");
 }
 inline void check_dims(int ndim) {
   if (ndim > difuse::kMaxDims) throw std::runtime_error("the native kernels take at most 8 dimensions");
@@ -79,6 +79,7 @@ inline Tensor read_dlpack(PyObject* object, const ExchangeApi* api) {
   else if (d.code == 4 && d.bits == 16) t.dtype = DType::bf16;
   else if (d.code == 2 && d.bits == 16) t.dtype = DType::f16;
   else if (d.code == 0 && d.bits == 32) t.dtype = DType::i32;
+  else if (d.code == 1 && d.bits == 8) t.dtype = DType::u8;
   else refuse_dtype();
   check_dims(t.ndim = d.ndim);
   for (int i = 0; i < t.ndim; ++i) t.size[i] = d.shape[i], t.stride[i] = d.strides[i];
@@ -94,8 +95,8 @@ inline Tensor read_tensor(PyObject* object) {
   Tensor t;
   const py::object dtype = checked(PyObject_GetAttr(object, names.dtype));
   int code = 0;
-  while (code < 4 && dtype.ptr() != names.dtypes[code]) ++code;
-  if (code == 4) refuse_dtype();
+  while (code < 5 && dtype.ptr() != names.dtypes[code]) ++code;
+  if (code == 5) refuse_dtype();
   t.dtype = DType(code);
   const py::object shape = checked(PyObject_GetAttr(object, names.shape));
   const py::object stride = checked(PyObject_CallMethodNoArgs(object, names.stride));

@@ -15,7 +15,8 @@ pytest.importorskip("matplotlib")
 
 NUMBERS = ("class_share", "frechet", "frechet_real", "train_seconds", "train_step_seconds",
            "train_step_seconds_reference", "sample_seconds", "sample_seconds_reference")
-OPS = {"attention_packed", "norm_modulate", "gate_residual_norm_modulate", "patchify", "unpatchify", "sampler_step"}
+OPS = {"attention_packed", "gate_residual_norm_modulate", "gelu_tanh", "norm_modulate", "patchify", "sampler_step",
+       "unpatchify"}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 
 import difuse_kernels
 from benchmarks.bench_ops import ONE_ROW
-from benchmarks.gpu_cases import drawn_once, production
+from benchmarks.gpu_cases import drawn_once, on_gpus, production
 from benchmarks.gpu_ceilings import kernel_backends
 from benchmarks.gpu_device import DryRun, Gpu
 from difuse_kernels import explain_reset
@@ -41,12 +41,13 @@ def kernels(case):
 
 
 def each(chosen):
-    chosen = [case for case in (ONE_ROW if DRY else chosen) if not DRY or case.op in DRY_OPS]
+    chosen = [case for case in (on_gpus(ONE_ROW if DRY else chosen)) if not DRY or case.op in DRY_OPS]
     return [pytest.param(case, backend, id=f"{case}-{backend}") for case in chosen for backend in kernels(case)]
 
 
 def first_speed_cases():
-    return [cases(op, speed=True)[0] if cases(op, speed=True) else cases(op)[0] for op in OPS]
+    return [cases(op, speed=True)[0] if cases(op, speed=True) else cases(op)[0] for op in OPS
+            if {"cuda", "triton"} & set(OPS[op].backends)]
 
 
 class Call:
@@ -127,7 +128,7 @@ def test_tensors_on_a_device_that_is_not_current(case, backend):
     assert all(same_bits(a, b.to("cuda:0")) for a, b in zip(expected, other(), strict=True))
 
 
-@pytest.mark.parametrize("case", [case for case in ONE_ROW if not DRY])
+@pytest.mark.parametrize("case", [case for case in on_gpus(ONE_ROW) if not DRY])
 def test_auto_takes_the_gpus_kernels(case):
     """CUDA C++ where there is one, else Triton; never the reference."""
     explain_reset()

@@ -35,8 +35,8 @@ assert not wrong, wrong
 print(native.ext.isa(), *sorted(ran))
 """
 ALL_OPS = ["attention", "attention_packed", "gate_residual", "gate_residual_norm_modulate", "gated_activation",
-           "group_norm_act", "norm_modulate", "norm_modulate_dual", "patchify", "qk_norm_rope", "qk_norm_rope_joint",
-           "sampler_step", "unpatchify"]
+           "gelu_tanh", "group_norm_act", "norm_modulate", "norm_modulate_dual", "patchify", "qk_norm_rope",
+           "qk_norm_rope_joint", "sampler_step", "unpatchify"]
 
 
 def fresh(code, *arguments, **environment):

@@ -37,8 +37,8 @@ def python(code, **environment):
     return done.stdout
 
 
-def test_every_op_has_a_triton_backend():
-    assert {name for name, op in OPS.items() if "triton" not in op.backends} == set()
+def test_every_op_but_gelu_tanh_has_a_triton_backend():
+    assert {name for name, op in OPS.items() if "triton" not in op.backends} == {"gelu_tanh"}
 
 
 @each_op

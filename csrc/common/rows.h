@@ -17,6 +17,19 @@ template <class T> static inline T* at(const Tensor& t, int64_t i, int64_t j = 0
   return reinterpret_cast<T*>(t.data) + i * t.stride[0] + j * t.stride[1];
 }
 
+// Rows of a tensor: everything but its last dimension.
+static inline int64_t rows(const Tensor& h) {
+  int64_t n = 1;
+  for (int d = 0; d + 1 < h.ndim; ++d) n *= h.size[d];
+  return n;
+}
+// The row that is `number` rows after the first, in row-major order of the leading dimensions.
+template <class T> static inline T* row(const Tensor& t, int64_t number) {
+  int64_t offset = 0;
+  for (int d = t.ndim - 2; d >= 0; --d) offset += number % t.size[d] * t.stride[d], number /= t.size[d];
+  return reinterpret_cast<T*>(t.data) + offset;
+}
+
 static inline int64_t element_size(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 2; }
 
 // body(i, n): n == VL for whole vectors, less for the tail. The two calls inline to straight and masked code.

@@ -138,6 +138,21 @@ static inline void store(f16* p, vf v) {
 #endif
 }
 
+// The lowest byte of each lane.
+typedef uint8_t vb __attribute__((vector_size(VL)));
+static inline vb low_bytes(vi v) {
+#if defined(DIFUSE_AVX512)
+  return (vb)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(DIFUSE_AVX2)
+  const __m256i wide = (__m256i)(v & 255);
+  const __m128i half = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(half, half));
+  return (vb)bytes;
+#else
+  return __builtin_convertvector(v, vb);
+#endif
+}
+
 // The first n < VL elements; lanes beyond them read as zero and are not written.
 template <class T> static inline vf load(const T* p, int n) {
   T part[VL] = {};

@@ -2,51 +2,13 @@
 //
 //   h = [a | b] along the last dimension; z is the half that is activated, l the other
 //   out = l * act(z)          dl = dout * act(z)          dz = dout * l * act'(z)
+#include "../common/activations.h"
 #include "../common/parallel.h"
 #include "../common/rows.h"
-#include "../common/vector_math.h"
 
 namespace difuse {
 namespace DIFUSE_ISA {
 namespace {
-
-// Each gives act(z) and, where wanted, act'(z).
-struct Silu {
-  static vf value(vf z, vf* slope) {
-    vf s, rest;
-    sigmoid(z, s, rest);
-    if (slope) *slope = s * (1.f + z * rest);
-    return z * s;
-  }
-};
-struct Gelu {
-  static vf value(vf z, vf* slope) {
-    const vf cdf = normal_cdf(z);
-    if (slope) *slope = cdf + z * (0.398942280f * exp(z * z * -0.5f));  // 1 / sqrt(2 pi)
-    return z * cdf;
-  }
-};
-struct GeluTanh {  // (1 + tanh u) / 2 = sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
-  static vf value(vf z, vf* slope) {
-    const vf square = z * z;
-    vf s, rest;
-    sigmoid(z * (1.59576912f + 0.0713548163f * square), s, rest);
-    if (slope) *slope = s + z * s * rest * (1.59576912f + 0.214064449f * square);
-    return z * s;
-  }
-};
-
-int64_t rows(const Tensor& h) {
-  int64_t n = 1;
-  for (int d = 0; d + 1 < h.ndim; ++d) n *= h.size[d];
-  return n;
-}
-// The row that is `number` rows after the first, in row-major order of the leading dimensions.
-template <class T> T* row(const Tensor& t, int64_t number) {
-  int64_t offset = 0;
-  for (int d = t.ndim - 2; d >= 0; --d) offset += number % t.size[d] * t.stride[d], number /= t.size[d];
-  return reinterpret_cast<T*>(t.data) + offset;
-}
 
 template <class Act, class T> void forward(const Tensor& h, bool first, const Tensor& out) {
   const int64_t F = h.size[h.ndim - 1] / 2;

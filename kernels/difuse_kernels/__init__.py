@@ -6,9 +6,11 @@
     gate_residual_norm_modulate,
     norm_modulate_dual                              adaln/                               csrc/adaln/
     gated_activation                                gated_activation/                    csrc/gated_activation/
+    gelu_tanh                                       gelu_tanh/                           csrc/gelu_tanh/ (CPU)
     group_norm_act                                  group_norm_act/                      csrc/group_norm_act/ (CPU)
     patchify, unpatchify                            patchify/                            csrc/patchify/
     qk_norm_rope, qk_norm_rope_joint                qk_norm_rope/                        csrc/qk_norm_rope/
+    quantize, dequantize, requantize                quantize/                            csrc/quantize/ (CPU)
     sampler_step                                    sampler_step/                        csrc/sampler_step/
 
 `<op>/<op>.py` is the contract, `<op>/<op>_reference.py` the specification in plain PyTorch, `<op>/<op>_native.py` the
@@ -21,13 +23,16 @@ from difuse_kernels.attention.attention import attention, attention_packed
 from difuse_kernels.dispatch import use_backend
 from difuse_kernels.explaining import explain, explain_reset
 from difuse_kernels.gated_activation.gated_activation import gated_activation
+from difuse_kernels.gelu_tanh.gelu_tanh import gelu_tanh
 from difuse_kernels.group_norm_act.group_norm_act import group_norm_act
 from difuse_kernels.patchify.patchify import patchify, unpatchify
 from difuse_kernels.qk_norm_rope.qk_norm_rope import Stream, qk_norm_rope, qk_norm_rope_joint
+from difuse_kernels.quantize.quantize import dequantize, quantize, requantize
 from difuse_kernels.sampler_step.sampler_step import sampler_step
 
 __all__ = [
-    "Stream", "attention", "attention_packed", "explain", "explain_reset", "gate_residual",
-    "gate_residual_norm_modulate", "gated_activation", "group_norm_act", "norm_modulate", "norm_modulate_dual",
-    "patchify", "qk_norm_rope", "qk_norm_rope_joint", "sampler_step", "unpatchify", "use_backend",
+    "Stream", "attention", "attention_packed", "dequantize", "explain", "explain_reset", "gate_residual",
+    "gate_residual_norm_modulate", "gated_activation", "gelu_tanh", "group_norm_act", "norm_modulate",
+    "norm_modulate_dual", "patchify", "qk_norm_rope", "qk_norm_rope_joint", "quantize", "requantize", "sampler_step",
+    "unpatchify", "use_backend",
 ]

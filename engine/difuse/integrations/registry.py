@@ -9,10 +9,12 @@ _DIFFUSERS = "diffusers.models."
 _TRANSFORMERS = _DIFFUSERS + "transformers."
 KNOWN = {  # full name of a class -> the file of this package that registers its adapter
     "torch.nn.modules.linear.Linear": "products",
+    "torch.nn.modules.activation.GELU": "activations",
     "torch.nn.modules.conv.Conv2d": "products",
     "torch.nn.modules.conv.Conv3d": "products",
     "torch.nn.modules.normalization.GroupNorm": "diffusers_unet",
     _DIFFUSERS + "activations.GEGLU": "diffusers_parts",
+    _DIFFUSERS + "activations.GELU": "activations",
     _DIFFUSERS + "attention.BasicTransformerBlock": "diffusers_basic_block",
     _DIFFUSERS + "attention_processor.Attention": "diffusers_attention",
     _DIFFUSERS + "normalization.AdaLayerNormZero": "diffusers_parts",

@@ -3,14 +3,15 @@ from difuse_kernels.testing import (
     adaln_cases,
     attention_cases,
     gated_activation_cases,
+    gelu_tanh_cases,
     group_norm_act_cases,
     patchify_cases,
     qk_norm_rope_cases,
     sampler_step_cases,
 )
 
-CASES = [*adaln_cases.CASES, *attention_cases.CASES, *gated_activation_cases.CASES, *group_norm_act_cases.CASES,
-         *patchify_cases.CASES, *sampler_step_cases.CASES, *qk_norm_rope_cases.CASES]
+CASES = [*adaln_cases.CASES, *attention_cases.CASES, *gated_activation_cases.CASES, *gelu_tanh_cases.CASES,
+         *group_norm_act_cases.CASES, *patchify_cases.CASES, *sampler_step_cases.CASES, *qk_norm_rope_cases.CASES]
 
 
 def cases(op=None, speed=False):

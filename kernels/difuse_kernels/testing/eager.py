@@ -134,6 +134,11 @@ def gated_activation(h, *, activation="gelu", act_on="second"):
     return act(a) * b if act_on == "first" else a * act(b)
 
 
+def gelu_tanh(x):
+    """F.gelu."""
+    return F.gelu(x, approximate="tanh")
+
+
 def group_norm_act(x, groups, weight=None, bias=None, *, add=None, activation="none", eps=1e-5):
     """The embedding added, F.group_norm, F.silu, as in diffusers' ResnetBlock2D."""
     if add is not None:
@@ -147,4 +152,4 @@ def group_norm_act(x, groups, weight=None, bias=None, *, add=None, activation="n
 
 EAGER = {f.__name__: f for f in (norm_modulate, gate_residual, gate_residual_norm_modulate, attention,
                                  norm_modulate_dual, attention_packed, patchify, unpatchify, sampler_step,
-                                 gated_activation, group_norm_act, qk_norm_rope, qk_norm_rope_joint)}
+                                 gated_activation, gelu_tanh, group_norm_act, qk_norm_rope, qk_norm_rope_joint)}
