@@ -123,6 +123,20 @@ def test_sample_depends_on_the_seed_not_on_the_batch(checkpoints, tmp_path):
     assert drawn() != drawn("--seed", "1")
 
 
+@pytest.mark.filterwarnings("ignore:difuse.freeze")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("sampler", ["flow_euler", "ddim"])
+def test_sample_in_a_lower_precision_says_what_it_changed(checkpoints, tmp_path, capsys, precision, sampler):
+    pytest.importorskip("PIL")
+    assert cli.main(["sample", str(checkpoints["flow"]), "--n", "3", "--steps", "5", "--sampler", sampler,
+                     "--precision", precision, "--out", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    if precision != "fp32":
+        assert said[0].startswith(f"{precision} beside fp32, relative error of the model's results over 5 calls: ")
+        assert float(said[0].split()[-3]) > 30  # dB
+    assert said[-1].startswith("9 images in ") and len(said) == (1 if precision == "fp32" else 2)
+
+
 def test_explain_shows_the_table_and_what_ran(checkpoints, capsys):
     assert cli.main(["explain"]) == 0
     table = capsys.readouterr().out

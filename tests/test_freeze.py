@@ -416,7 +416,7 @@ def test_lora_has_to_be_merged_first():
 
 
 def test_other_precisions(model):
-    with pytest.raises(ValueError, match="precision is 'int4'; expected 'fp32'"):
+    with pytest.raises(ValueError, match="precision is 'int4'; expected one of 'fp32', 'bf16', 'int8'"):
         difuse.freeze(model, precision="int4")
 
 

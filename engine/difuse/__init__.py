@@ -22,6 +22,8 @@ _EXPORTS = {  # public name -> module that holds it
     "explain_reset": "difuse_kernels",
     "sample": "difuse.inference.sample",
     "freeze": "difuse.inference.freeze",
+    "fidelity": "difuse.inference.fidelity",
+    "recorded_calls": "difuse.inference.fidelity",
     "Graphs": "difuse.inference.graphs",
     "Engine": "difuse.inference.engine",
     "Request": "difuse.inference.requests",

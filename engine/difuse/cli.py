@@ -1,13 +1,12 @@
 """The command line: `difuse demo | train | sample | doctor | explain | bench`. Only the commands import torch."""
 import argparse
-import difflib
 import os
 import pathlib
 import subprocess
 import sys
 import traceback
 
-from difuse.files import check_folder, require_extras
+from difuse.files import check_folder
 
 # what a user's input can cause; anything else is a bug of difuse and keeps its traceback
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError, MemoryError)
@@ -128,6 +127,7 @@ def _sample_command(command):
   difuse sample demo/model.safetensors
   difuse sample demo/model.safetensors --labels 3,7 --n 16 --out sevens.png
   difuse sample demo/model.safetensors --sampler ddim --steps 25 --guidance 2 --seed 7
+  difuse sample demo/model.safetensors --precision int8    and say what the 8 bits changed
 
 An image depends on its seed and label alone: the k-th image of a row always has seed --seed + k.""")
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -137,6 +137,9 @@ An image depends on its seed and label alone: the k-th image of a row always has
     sub.add_argument("--steps", type=_positive(int), default=50, help="calls of the model (default: 50)")
     sub.add_argument("--guidance", type=float, default=1.5, help="classifier-free guidance, 1 is off (default: 1.5)")
     sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--precision", choices=("fp32", "bf16", "int8"),
+                     help="freeze the model first, its blocks' products in this precision; below fp32 the error is "
+                          "measured and printed")
     sub.add_argument("--batch-size", type=_positive(int), default=64, help="images at a time (default: 64)")
     sub.add_argument("--scale", type=_positive(int), help="side of a drawn pixel (default: images of about 128)")
     sub.add_argument("--out", default="samples.png", metavar="FILE.png")
@@ -198,45 +201,9 @@ def _how_to_resume(args):
 
 
 def _sample(args):
-    import torch
+    from difuse.inference.command import run
 
-    from difuse.diffusion import SAMPLERS, VP, process_from_config
-    from difuse.diffusion.flow_as_vp import FlowAsVP
-    from difuse.evaluation import image_grid, save_png
-    from difuse.inference.sample import sample
-    from difuse.training import load_model
-
-    if args.sampler and args.sampler not in SAMPLERS:
-        near = difflib.get_close_matches(args.sampler, SAMPLERS, n=1, cutoff=0)[0]
-        raise ValueError(f"--sampler {args.sampler!r} is unknown; did you mean {near!r}? "
-                         f"Expected one of {', '.join(SAMPLERS)}")
-    require_extras("difuse sample", "PIL")
-    out = pathlib.Path(args.out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {args.out!r} does not end in .png; the images are drawn into one PNG file")
-    if out.is_dir():
-        raise ValueError(f"--out {args.out!r} is a folder; expected a file")
-    check_folder(out.parent)
-    model, meta = load_model(args.checkpoint)
-    if model.config["in_channels"] not in (1, 3):
-        raise ValueError(f"{args.checkpoint}: a model of {model.config['in_channels']} channels (latents?); only grey "
-                         "and colour images can be drawn. Use difuse.sample(...) and your own decoder")
-    labels = args.labels or list(range(min(model.num_classes, 10)))
-    if not all(0 <= label < model.num_classes for label in labels):
-        raise ValueError(f"--labels {','.join(map(str, labels))}: the model knows 0 to {model.num_classes - 1}")
-    process, prediction = process_from_config(meta["process"]), meta["prediction"]
-    sampler = args.sampler or ("flow_euler" if process.name == "flow" else "ddim")
-    if process.name == "flow" and sampler != "flow_euler":
-        process, prediction = VP(), "x0"
-        model = FlowAsVP(model, process)
-    images = sample(model, torch.tensor(labels).repeat_interleave(args.n), sampler=sampler, steps=args.steps,
-                    guidance=args.guidance, seeds=[args.seed + k for k in range(args.n)] * len(labels),
-                    process=process, prediction=prediction, batch_size=args.batch_size, progress=True)
-    scale = args.scale or max(1, 128 // images.shape[-1])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_png(out, image_grid(images, args.n, scale=scale, gap=scale))
-    print(f"{len(images)} images in {out}, a row for each of the labels {', '.join(map(str, labels))}")
-    return 0
+    return run(args)
 
 
 def _doctor(args):

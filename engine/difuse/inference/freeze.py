@@ -3,63 +3,90 @@
     frozen = difuse.freeze(model.eval())       # difuse's DiT, or any model that difuse.accelerate knows
     images = difuse.sample(frozen, labels, ...)
     pipe.transformer = difuse.freeze(transformer)
+    frozen = difuse.freeze(model, "int8", example_inputs=[(x, t, y), ...])
 
 The copy runs our kernels as `accelerate` would have it. Its products are oneDNN's, on weights that were packed once,
-the GELU of an MLP in the same pass as its first product.
+the GELU of an MLP in the same pass as its first product. In the lower precisions the products of the blocks are
+computed in bfloat16 or with 8-bit integers; the residual stream, norms, modulations, and what comes before the first
+block and after the last stay in float32.
 """
 import copy
+import warnings
 import weakref
 from collections import Counter
 
 import torch
 from torch import nn
 
-from difuse.inference.packed import PackedProduct
+from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct, emulates_bfloat16
+from difuse.inference.smoothing import largest_inputs, smoothing
 from difuse.integrations.accelerate import accelerate
 from difuse.integrations.registry import adapter_of
 from difuse.models import DiT
 
+NO_BFLOAT16 = ("difuse.freeze: this CPU has no bfloat16 products. Each widens its weights to float32 first: the frozen "
+               "model needs half the memory and is no faster than in float32; 'int8' is")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PRECISIONS = {"fp32": PackedProduct, "bf16": BFloat16Product, "int8": Int8Product}  # of the products in blocks
 _GELUS = {  # class -> names of a product and of the GELU that is all that reads it
     "difuse.models.layers.Mlp": ("fc1", "act"),
     "timm.layers.mlp.Mlp": ("fc1", "act"),
     "diffusers.models.transformers.transformer_flux.FluxSingleTransformerBlock": ("proj_mlp", "act_mlp"),
 }
+_MLPS = {  # class -> its two products, and the modules between them that hand on what they are given, without a GELU
+    "difuse.models.layers.Mlp": ("fc1", ("act",), "fc2"),
+    "timm.layers.mlp.Mlp": ("fc1", ("act", "drop1", "norm"), "fc2"),
+    "diffusers.models.attention.FeedForward": ("net.0", ("net.1",), "net.2"),
+}
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def freeze(model, precision="fp32"):
+def freeze(model, precision="fp32", example_inputs=None):
     """A `Frozen` copy of `model`, called like it, for inference on a CPU. The model stays as it is.
 
     model: difuse's DiT, or a model with blocks that `difuse.accelerate` knows, in float32 and eval mode; an accelerated
-    one keeps its backend. precision: "fp32". The copy's weights are as of now; `refresh()` reads them again.
+    one keeps its backend. precision: of the products in blocks, "fp32", "bf16" or "int8". example_inputs: with "int8" a
+    few real calls of the model, each a tuple of arguments or a dict of keyword arguments, whose outlying channels are
+    smoothed (SmoothQuant); without them nothing is. The copy's weights are as of now; `refresh()` reads them again.
 
-    Raises TypeError for what is no module; ValueError for a model in train mode, not in float32 on the CPU, with hooks,
-    LoRA layers or parametrizations on it, without a block that accelerate knows, or for another precision;
-    RuntimeError where torch was built without oneDNN.
+    Warns where the CPU has no bfloat16 products. Raises TypeError for what is no module; ValueError for a model in
+    train mode, not in float32 on the CPU, with hooks, LoRA layers or parametrizations on it, without a block that
+    accelerate knows, for another precision, or for example inputs that the model cannot take; RuntimeError where torch
+    was built without oneDNN.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: got {type(model).__name__}; expected a module, e.g. pipe.transformer")
     if isinstance(model, Frozen):
         raise ValueError("freeze: the model is frozen already")
-    if precision != "fp32":
-        raise ValueError(f"freeze: precision is {precision!r}; expected 'fp32', the only one so far")
+    if precision not in _PRECISIONS:
+        raise ValueError(f"freeze: precision is {precision!r}; expected one of {', '.join(map(repr, _PRECISIONS))}")
+    if example_inputs is not None and precision != "int8":
+        raise ValueError(f"freeze: example_inputs are what 'int8' is smoothed by; precision is {precision!r}")
     if not torch.backends.mkldnn.is_available():
         raise RuntimeError("freeze: this torch was built without oneDNN, whose products it is about")
     if model.training:
         raise ValueError("freeze: the model is in train mode; call model.eval() first")
     _check(model)
+    if precision == "bf16" and emulates_bfloat16():
+        warnings.warn(NO_BFLOAT16, stacklevel=4)
     linears = _packable(model)
     # memo: the copy refers to these weights until they are packed, and never holds a second plain copy of them
     frozen = copy.deepcopy(model, {id(linear.weight): linear.weight for linear in linears.values()})
     if not isinstance(model, DiT) and not any(adapter_of(vars(module).get("forward")) for module in frozen.modules()):
         accelerate(frozen)
-    products = {id(linear): PackedProduct(linear) for linear in linears.values()}  # one for a layer at several places
+    smooth = _smoothing(frozen, linears, example_inputs) if example_inputs is not None else {}
+    products = {}  # one for a layer at several places
+    for path, linear in linears.items():
+        if id(linear) not in products:
+            kind = _PRECISIONS[precision] if _in_a_block(path) else PackedProduct
+            products[id(linear)] = kind(linear, smooth[path]) if path in smooth else kind(linear)
     packed = {path: products[id(linear)] for path, linear in linears.items()}
     for path, product in packed.items():
         frozen.set_submodule(path, product)
     _fuse_gelus(frozen)
+    if precision == "int8":
+        _hand_on_codes(frozen)
     return Frozen(frozen.requires_grad_(False), weakref.ref(model), packed, _structure(model))
 
 
@@ -105,7 +132,7 @@ class Frozen(nn.Module):
 
     def memory(self):
         """Bytes by kind: "packed" weights and their biases, and the "other" ones."""
-        packed = [t for product in set(self._packed.values()) for t in (product.packed, product.bias) if t is not None]
+        packed = [tensor for product in set(self._packed.values()) for tensor in product.tensors()]
         return {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in (
             ("packed", packed), ("other", [tensor for _, tensor in self._others()]))}
 
@@ -196,6 +223,35 @@ def _packable(model):
     return {path: linear for path, linear in linears.items() if owners[id(linear.weight)] == 1}
 
 
+def _in_a_block(path):
+    """Whether this is a product of one of many blocks, not of the model's ends and not of a modulation."""
+    parts = path.split(".")
+    return any(part.isdigit() for part in parts) and not any(part.startswith("norm") for part in parts)
+
+
+def _smoothing(model, linears, calls):
+    """{path: 1 / s} of the products that will be computed with integers, from a few calls of the copy."""
+    linears = {path: linear for path, linear in linears.items() if _in_a_block(path)}
+    largest = largest_inputs(model, {path: model.get_submodule(path) for path in linears}, calls)
+    return {path: smoothing(most, linears[path].weight) for path, most in largest.items()}
+
+
+def _hand_on_codes(model):
+    """Between the two 8-bit products of an MLP nothing need be floats."""
+    for module in model.modules():
+        name = f"{type(module).__module__}.{type(module).__name__}"
+        if name not in _MLPS:
+            continue
+        first, between, second = _MLPS[name]
+        products = [module.get_submodule(path) for path in (first, second)]
+        between = {path: module.get_submodule(path) for path in between}
+        if (all(isinstance(product, Int8Product) for product in products) and products[0] is not products[1]
+                and all(isinstance(part, (nn.Identity, nn.Dropout)) for part in between.values())):
+            for path in between:
+                module.set_submodule(path, nn.Identity())
+            products[0].read_by(products[1])
+
+
 def _fuse_gelus(model):
     """Let the product before a GELU compute it in the same pass, where nothing else reads that product."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -206,6 +262,6 @@ def _fuse_gelus(model):
         elif name in _GELUS:
             product, act = _GELUS[name]
             gelu = getattr(module, act)
-            if isinstance(getattr(module, product), PackedProduct) and type(gelu) is nn.GELU:
+            if isinstance(getattr(module, product), PackedProduct) and isinstance(gelu, nn.GELU):
                 getattr(module, product).gelu = gelu.approximate
                 setattr(module, act, nn.Identity())

@@ -1,0 +1,248 @@
+"""Frozen models in bfloat16 and with 8-bit products: as near as their arithmetic allows, and what they refuse."""
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import difuse
+from difuse.diffusion import VP
+from difuse.inference import freeze as freeze_module
+from difuse.inference import packed
+from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct
+from difuse.inference.smoothing import smoothing
+from tests.test_freeze import CALL, error, out, state, unchanged
+from tests.tiny_training import tiny_model
+
+pytest.importorskip("diffusers")
+from benchmarks.families import NAMES, load  # noqa: E402  needs diffusers
+from benchmarks.families.proofs import Truth, cast, tensors  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:difuse.freeze")
+KINDS = {"bf16": BFloat16Product, "int8": Int8Product}
+each_precision = pytest.mark.parametrize("precision", KINDS)
+
+
+@pytest.fixture
+def model():
+    return tiny_model().eval()
+
+
+class Integers(nn.Linear):
+    """What an 8-bit product computes, in float64: rows of the input and of the weight rounded to equal steps."""
+
+    steps = (127, None)  # of an input; of a weight, asked of the machine
+
+    def forward(self, x):
+        x, weight = x.double(), self.weight.double()
+        steps = x.abs().amax(-1, keepdim=True) / 127
+        rounded = (x / steps.clamp_min(1e-30)).round() * steps
+        scale = weight.abs().amax(1, keepdim=True) / packed.largest_weight()
+        y = rounded @ ((weight / scale).round() * scale).T
+        return (y if self.bias is None else y + self.bias.double()).float()
+
+
+class Halves(nn.Linear):
+    """What a bfloat16 product computes."""
+
+    def forward(self, x):
+        x, weight, bias = (None if t is None else t.bfloat16().double() for t in (x, self.weight, self.bias))
+        return F.linear(x, weight, bias).bfloat16().float()
+
+
+def imitation(model, precision, frozen):
+    """The unmodified model with its products computed in plain PyTorch as `precision` says."""
+    found = copy.deepcopy(model)
+    for path, module in frozen.model.named_modules(remove_duplicate=False):
+        if type(module) is KINDS[precision]:
+            if path.endswith("net.0"):  # a GELU's projection
+                path += ".proj"
+            found.get_submodule(path).__class__ = Integers if precision == "int8" else Halves
+    return found
+
+
+@each_precision
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_is_as_near_as_its_arithmetic_allows(name, precision):
+    """At most 1.5 times the error of the same roundings in plain PyTorch; the model is not changed."""
+    family = load(name)
+    eager, inputs = family.build().eval(), family.inputs(torch.float32)
+    before = state(eager)
+    frozen = difuse.freeze(eager, precision)
+    with Truth():
+        truth = tensors(copy.deepcopy(eager).double()(**cast(inputs, torch.float64, grad=True)))[0].detach()
+    found = out(frozen, **inputs)
+    allowed = error(out(imitation(eager, precision, frozen), **inputs), truth)
+    assert found.dtype == torch.float32 and 1e-4 < allowed < 0.2
+    assert error(found, truth) <= 1.5 * allowed
+    assert unchanged(eager, before)
+
+
+def test_integers_are_computed_as_they_are_written(model):
+    """One product after another; what differs is a code that rounds to the other side of a half."""
+    frozen = difuse.freeze(model, "int8")
+    plain, found = out(imitation(model, "int8", frozen), *CALL), out(frozen, *CALL)
+    assert error(found, plain) < 0.1 * error(found, out(model, *CALL))
+
+
+@each_precision
+def test_products_of_blocks_alone_are_lower(model, precision):
+    frozen = difuse.freeze(model, precision)
+    kinds = {path: type(module) for path, module in frozen.model.named_modules() if isinstance(module, PackedProduct)}
+    lower, inner = KINDS[precision], ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert kinds == {f"blocks.0.{name}": lower for name in inner} | {"final_layer.linear": PackedProduct}
+    assert type(frozen.blocks[0].adaLN_modulation[1]) is nn.Linear and type(frozen.x_embedder.proj) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
+def test_modulations_and_ends_of_diffusers_models_stay(name):
+    frozen = difuse.freeze(load(name).build().eval(), "int8")
+    lower = [path for path, module in frozen.model.named_modules() if isinstance(module, Int8Product)]
+    assert lower and all(path.split(".")[0].endswith("transformer_blocks") for path in lower)
+    assert not any("norm" in path or "emb" in path for path in lower)
+
+
+@each_precision
+def test_memory(model, precision):
+    whole, lower = difuse.freeze(model).memory(), difuse.freeze(model, precision).memory()
+    products = [module for part in (model.blocks[0].attn, model.blocks[0].mlp) for module in part.modules()
+                if type(module) is nn.Linear]
+    weights, biases = sum(p.weight.numel() for p in products), sum(p.bias.numel() for p in products)
+    saved = 2 * (weights + biases) if precision == "bf16" else 3 * weights - 8 * biases  # two numbers a row
+    assert lower == {"other": whole["other"], "packed": whole["packed"] - saved}
+
+
+# 8 bits
+
+def test_codes_go_from_one_product_of_an_mlp_to_the_next(model, monkeypatch):
+    frozen = difuse.freeze(model, "int8")
+    mlp, given = frozen.blocks[0].mlp, []
+    mlp.fc2.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    found = out(frozen, *CALL)
+    assert isinstance(given[0], packed.Codes) and given[0].codes.dtype == torch.uint8
+    mlp.fc1.read_by(None)
+    assert error(out(frozen, *CALL), found) < 1e-3
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.ReLU()])
+def test_codes_are_handed_on_only_where_nothing_lies_between(between):
+    model = load("pixart").build().eval()
+    model.transformer_blocks[0].ff.net[1] = between
+    frozen, inputs = difuse.freeze(model, "int8"), load("pixart").inputs(torch.float32)
+    reader = frozen.transformer_blocks[0].ff.net[0].reader
+    assert (reader is frozen.transformer_blocks[0].ff.net[2]) == isinstance(between, nn.Identity)
+    assert error(out(frozen, **inputs), out(model, **inputs)) < 0.1
+
+
+def test_the_largest_weight_code_is_exact_here():
+    """Whatever it is: the worst inputs give the exact sums."""
+    largest, K = packed.largest_weight(), 4608
+    assert largest in (63, 127)
+    for code, sign in ((255, 1), (255, -1), (1, 1)):
+        weight = torch.full((32, K), sign * largest, dtype=torch.int8)
+        sums = packed.integer_product(torch.full((3, K), code, dtype=torch.uint8),
+                                      torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(32),
+                                      torch.zeros(32, dtype=torch.int32), packed.ZERO)
+        assert (sums == (code - packed.ZERO) * sign * largest * K).all()
+
+
+def outlying(model):
+    """The model with a few channels of its normed tokens far larger, and their weights as much smaller."""
+    with torch.no_grad():
+        for block in model.blocks:
+            for shift, product in ((0, block.attn.qkv), (3, block.mlp.fc1)):
+                D = product.in_features
+                block.adaLN_modulation[1].bias[shift * D : shift * D + 3] += 100
+                product.weight[:, :3] *= 0.01
+    return model
+
+
+def test_smoothing_helps_where_channels_outlie(model):
+    expected = out(outlying(model), *CALL)
+    plain, smooth = (difuse.freeze(model, "int8", calls) for calls in (None, [CALL]))
+    assert error(out(smooth, *CALL), expected) < 0.5 * error(out(plain, *CALL), expected)
+    assert error(out(smooth, *CALL), expected) < 0.05
+    qkv = smooth.blocks[0].attn.qkv
+    assert error(qkv.weight, model.blocks[0].attn.qkv.weight) < 0.05
+    assert smooth.memory()["packed"] - plain.memory()["packed"] == 4 * sum(
+        product.in_features for product in smooth.modules() if isinstance(product, Int8Product))
+
+
+def test_smoothing_is_the_papers():
+    largest, weight = torch.tensor([4.0, 9.0, 0.0, 2.0]), torch.tensor([[1.0, -0.25, 3.0, 0.0], [0.5, 0.0, 1.0, 0.0]])
+    torch.testing.assert_close(smoothing(largest, weight), torch.tensor([0.5, (0.25 / 9.0) ** 0.5, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("calls", [[CALL], [dict(zip("xty", CALL, strict=True))], [CALL, CALL]])
+def test_example_inputs_are_calls(model, calls):
+    before = state(model)
+    found = out(difuse.freeze(model, "int8", calls), *CALL)
+    assert torch.equal(found, out(difuse.freeze(model, "int8", [CALL]), *CALL)) and unchanged(model, before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("calls, message", [
+    ([CALL, (CALL[0][:, :, :2], *CALL[1:])], r"example_inputs\[1\] is no call of this model: DiT: x has shape"),
+    ([CALL[:2]], r"example_inputs\[0\] is no call of this model: .*missing 1 required positional argument"),
+    ([{"z": 1}], r"example_inputs\[0\] is no call of this model"),
+    ([CALL[0]], r"example_inputs\[0\] is a Tensor; expected a tuple of arguments or a dict"),
+    (CALL[0], "example_inputs is a Tensor; expected a list of calls"),
+    ([], "example_inputs is empty"),
+    ([(CALL[0] * float("nan"), *CALL[1:])], r"example_inputs: blocks.0.attn.qkv was given nan"),
+])
+def test_example_inputs_that_are_none(model, calls, message):
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        difuse.freeze(model, "int8", calls)
+    assert unchanged(model, before) and not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_example_inputs_are_for_8_bits(model):
+    with pytest.raises(ValueError, match="example_inputs are what 'int8' is smoothed by; precision is 'fp32'"):
+        difuse.freeze(model, example_inputs=[CALL])
+
+
+# in use
+
+@each_precision
+@pytest.mark.parametrize("name", ["tiny", "facebook_dit", "dit", "pixart", "flux"])
+def test_refresh(name, precision, model):
+    inputs = dict(zip("xty", CALL, strict=True))
+    if name != "tiny":
+        model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
+    frozen = difuse.freeze(model, precision)
+    before = out(frozen, **inputs)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.mul_(0.9)
+    assert torch.equal(out(frozen, **inputs), before)
+    frozen.refresh()
+    assert torch.equal(out(frozen, **inputs), out(difuse.freeze(model, precision), **inputs))
+
+
+@each_precision
+def test_sampling(model, precision):
+    options = dict(process=VP("linear"), prediction="v", sampler="ddim", steps=6, guidance=2.0)
+    images, expected = (difuse.sample(each, [0, 2, 0], **options) for each in (difuse.freeze(model, precision), model))
+    assert 1e-5 < error(images, expected) < 0.05
+
+
+def test_a_row_of_nans_stays_alone(model):
+    frozen = difuse.freeze(model, "int8")
+    x = CALL[0].clone()
+    x[1, 0, 0, 0] = float("nan")
+    found = out(frozen, x, *CALL[1:])
+    assert found[1].isnan().any() and torch.equal(found[[0, 2]], out(frozen, *CALL)[[0, 2]])
+
+
+def test_a_cpu_that_emulates_bfloat16_is_told(model, monkeypatch):
+    monkeypatch.setattr(freeze_module, "emulates_bfloat16", lambda: True)
+    with pytest.warns(UserWarning, match="no bfloat16 products.*no faster than in float32; 'int8' is") as told:
+        difuse.freeze(model, "bf16")
+    assert told[0].filename == __file__
+    monkeypatch.setattr(freeze_module, "emulates_bfloat16", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        difuse.freeze(model)
