@@ -2,7 +2,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import rivals, roofline
+from benchmarks import openvino_rival, rivals, roofline
 from benchmarks.bench_ops import DTYPES, FORWARD, Target, verdict
 from benchmarks.timing import versus
 from difuse.diffusion import Flow, flow_euler
@@ -12,9 +12,11 @@ from difuse_kernels import use_backend
 from difuse_kernels.testing.numerics import FACTOR
 
 FAMILIES = {"DiT-S/2": DiT}  # name -> class with from_name and a plain twin in rivals.py
-SAMPLING, FROZEN = "sampling step", "forward, frozen"
-TARGETS = (Target(("DiT-S/2",), FROZEN, "eager", 1.4), Target(("DiT-S/2",), FROZEN, "compile", 1.35))
+SAMPLING, FROZEN, FROZEN_INT8 = "sampling step", "forward, frozen", "forward, frozen int8"
+TARGETS = (Target(("DiT-S/2",), FROZEN, "eager", 1.4), Target(("DiT-S/2",), FROZEN, "compile", 1.35),
+           Target(("DiT-S/2",), FROZEN, "openvino", 1.05), Target(("DiT-S/2",), FROZEN_INT8, "openvino", 1.0))
 GUIDANCE = 1.5
+INT8_ERROR = 0.05  # of the result, rms over rms, with every product of the blocks rounded to 127 or 63 steps
 NO_BF16 = "this CPU emulates bfloat16 products; --dtype bf16 measures them all the same"
 
 
@@ -95,14 +97,37 @@ def model_rows(family, dtype_name, ceilings, quick=False, compiles=False, skippe
         sampling |= race(steps, users_step(exact, noise.double(), labels, torch.float64), dtype)
         forwards = [forward]
         if dtype_name == "fp32":
-            frozen, row = freeze(model), {**head, "case": case, "pass": FROZEN, "shape": list(x.shape)}
-            row |= race(calls | {"difuse": lambda: frozen(x, t, y)}, truth, dtype) | extra
-            row["targets"] = [target.judge(row) for target in TARGETS if "times" in row and target.fits(row)]
-            forwards.append(row)
+            forwards += [row | extra for row in frozen_rows(model, plain, (x, t, y), calls, truth, {
+                **head, "case": case, "shape": list(x.shape)}, with_openvino=not quick)]
     for row in forwards:
         if "times" in row:
             row |= against_ceilings(ceilings, dtype_name, model, (x, t, y), row)
     return [*forwards, sampling]
+
+
+def frozen_rows(model, plain, inputs, contenders, truth, head, with_openvino):
+    """A row of the frozen model, and one with 8-bit products, smoothed by this call: both of float32 models.
+
+    Where OpenVINO is installed it is a rival, with NNCF's 8 bits in the second row; its error stands beside ours.
+    """
+    rows, size = [], truth.square().mean().sqrt().item()
+    for precision, kind, calls in (("fp32", FROZEN, None), ("int8", FROZEN_INT8, [inputs])):
+        frozen = freeze(model, precision, calls)
+        racing = contenders | {"difuse": lambda frozen=frozen: frozen(*inputs)}
+        why = openvino_rival.missing(precision) if with_openvino else "a quick run"
+        if why is None:
+            rival = openvino_rival.openvino(plain, inputs, precision)
+            racing["openvino"] = lambda rival=rival: rival(*inputs)
+        errors = {name: (call().double() - truth).square().mean().sqrt().item() / size for name, call in racing.items()}
+        budget = INT8_ERROR if precision == "int8" else FACTOR * errors["eager"] + torch.finfo(torch.float32).eps
+        row = head | {"pass": kind, "errors": errors, "openvino": why or "measured", "gate": verdict([
+            ("out", errors["difuse"], budget, errors["difuse"] <= budget)])}
+        rows.append(row)
+        if not row["gate"]["ok"]:  # 8 bits of a wrong model prove nothing either
+            break
+        row |= versus(racing)
+        row["targets"] = [target.judge(row) for target in TARGETS if target.fits(row)]
+    return rows
 
 
 def users_step(model, x, labels, dtype):

@@ -234,6 +234,9 @@ def cells(row):
     remarks = [*map(_target, row["targets"])]
     if max(timing["spread"] for timing in times.values()) > NOISY:
         remarks.append("noisy")
+    if "openvino" in ratios:
+        remarks.append(f"{ratios['openvino']:.2f} x OpenVINO; error {row['errors']['difuse']:.1e}, its "
+                       f"{row['errors']['openvino']:.1e}")
     if "compile_failed" in row:
         remarks.append(f"compile failed: {one_line(row['compile_failed'])}")
     elif "compile_seconds" in row:

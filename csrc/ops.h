@@ -84,7 +84,7 @@ struct Queue {
                                   const Tensor& shift, const Tensor& scale2, const Tensor& shift2, const Tensor& mean, \
                                   const Tensor& rstd, bool rms, const Tensor& dx, const Tensor& dscale,                \
                                   const Tensor& dshift, const Tensor& dscale2, const Tensor& dshift2))                 \
-  /* x and dout [...,F] strided but for their last dimension, out and dx contiguous. */                                \
+  /* All contiguous, of one shape. */                                                                                  \
   X(gelu_tanh_forward, (const Tensor& x, const Tensor& out))                                                           \
   X(gelu_tanh_backward, (const Tensor& dout, const Tensor& x, const Tensor& dx))                                       \
   /* codes u8 [M,K] and their scale f32 [M] of act(x * row_scale + bias) * smooth; x [M,K], row_scale f32 [M], bias    \

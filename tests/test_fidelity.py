@@ -87,9 +87,39 @@ def test_other_attributes_are_the_models_and_its_mode_stays(model):
     difuse.recorded_calls(model, draw_and_look)
     assert modes == [(False, 3, True)] and not model.training
     assert not FlowAsVP(model, VP()).training and FlowAsVP(tiny_model().train(), VP()).training
+    model.train().y_embedder.eval()
+    difuse.fidelity(model, model, lambda m: m(torch.zeros(1, 1, 4, 4), torch.ones(1), torch.zeros(1, dtype=torch.long)))
+    FlowAsVP(model, VP())
+    assert model.training and not model.y_embedder.training
+
+
+def test_frozen_and_accelerated_models_are_recorded_by_the_models_own_names(model):
+    frozen = difuse.freeze(model)
+    assert set(difuse.recorded_calls(frozen, draw)[0]) == {"x", "t", "y"}
+    assert difuse.fidelity(frozen, model, draw).psnr > 100
+
+
+def test_arguments_of_any_kind():
+    class Open(nn.Module):
+        def forward(self, x, scale=1.0, **more):
+            return x * scale * more.get("factor", 1.0)
+
+    class Positional(nn.Module):
+        def forward(self, x, *others):
+            return x
+
+    call, = difuse.recorded_calls(Open(), lambda m: m(torch.ones(2), factor=3.0))
+    assert set(call) == {"x", "factor"} and call["factor"] == 3.0
+    with pytest.raises(ValueError, match=r"Positional.forward takes \*others, which cannot be given by name"):
+        difuse.recorded_calls(Positional(), lambda m: m(torch.ones(2), 3))
 
 
 def test_bad_draws_are_named(model):
+    with pytest.raises(ValueError, match="gave images with nan or infinity"):
+        difuse.fidelity(model, model, lambda m: draw(m) * float("nan"))
+    wrong = Scaled(model)
+    wrong.forward = lambda x, t, y: model(x, t, y) * float("nan")
+    assert difuse.fidelity(model, wrong, draw).psnr == -math.inf
     with pytest.raises(ValueError, match="did not call the model"):
         difuse.fidelity(model, model, lambda _: torch.zeros(3))
     with pytest.raises(ValueError, match="other images the second time; draw from fixed seeds"):

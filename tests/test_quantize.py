@@ -119,7 +119,17 @@ def test_rows_of_zeros_and_of_next_to_nothing(backend):
     assert (codes[3] == ZERO + 127).all() and scale[3].isfinite()
 
 
+@each_backend
+def test_zero_rows_go_all_the_way(backend):
+    with use_backend(backend):
+        codes, scale = quantize(torch.zeros(2, 0, 8))
+        assert codes.shape == (2, 0, 8) and dequantize(torch.zeros(2, 0, 5), scale).shape == (2, 0, 5)
+        assert requantize(torch.zeros(2, 0, 5), scale)[0].shape == (2, 0, 5)
+
+
 BAD = [
+    (lambda x: quantize([1.0]), TypeError, "quantize: got list; expected a tensor"),
+    (lambda x: quantize(x.sum()), ValueError, r"quantize: got \(\)"),
     (lambda x: quantize(x.double()), ValueError, r"quantize: got \(4, 6\) torch.float64 on cpu"),
     (lambda x: quantize(x.t()), ValueError, "not contiguous; expected a contiguous tensor"),
     (lambda x: quantize(x[:, :0].contiguous()), ValueError, r"quantize: got \(4, 0\)"),

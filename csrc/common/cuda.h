@@ -27,7 +27,9 @@ constexpr unsigned kAll = 0xffffffffu;                     // every lane of a wa
 template <class T> constexpr int kWide = 16 / sizeof(T);   // elements of one 16-byte access
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t element_size(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 2; }
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::f32 || dtype == DType::i32 ? 4 : dtype == DType::u8 ? 1 : 2;
+}
 
 // Calls body(T{}) with the element type of `dtype`, on the host.
 template <class F> void with_type(DType dtype, F body) {

@@ -30,7 +30,9 @@ template <class T> static inline T* row(const Tensor& t, int64_t number) {
   return reinterpret_cast<T*>(t.data) + offset;
 }
 
-static inline int64_t element_size(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 2; }
+static inline int64_t element_size(DType dtype) {
+  return dtype == DType::f32 || dtype == DType::i32 ? 4 : dtype == DType::u8 ? 1 : 2;
+}
 
 // body(i, n): n == VL for whole vectors, less for the tail. The two calls inline to straight and masked code.
 template <class F> static inline void each_vector(int64_t D, F body) {

@@ -15,7 +15,7 @@ class FlowAsVP(nn.Module):
         super().__init__()
         self.model, self.process = model, process
         self.config, self.num_classes = model.config, model.num_classes
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, x, t, y):
         """x [B,C,H,W], t [B] int64 of the VP process, y [B] -> x0 [B,C,H,W] in x's dtype."""

@@ -44,10 +44,10 @@ def run(args):
     drawn = torch.tensor(labels).repeat_interleave(args.n)
     seeds = [args.seed + k for k in range(args.n)] * len(labels)
 
-    def draw(model, images=slice(None), steps=args.steps):
+    def draw(model, images=slice(None), steps=args.steps, later=0):
         return sample(FlowAsVP(model, process) if as_vp else model, drawn[images], sampler=sampler, steps=steps,
-                      guidance=args.guidance, seeds=seeds[images], process=process, prediction=prediction,
-                      batch_size=args.batch_size, progress=True)
+                      guidance=args.guidance, seeds=[seed + later for seed in seeds[images]], process=process,
+                      prediction=prediction, batch_size=args.batch_size, progress=True)
 
     if args.precision:
         model = _frozen(model.eval(), args.precision, draw, slice(0, len(drawn), -(-len(drawn) // FEW)))
@@ -63,7 +63,8 @@ def _frozen(model, precision, draw, few):
     """The frozen model; below fp32 what that changes, measured on a few of the images, is printed."""
     if precision == "fp32":
         return freeze(model)
-    calls = recorded_calls(model, lambda m: draw(m, few, steps=4)) if precision == "int8" else None
+    # smoothed by other images than it is judged by
+    calls = recorded_calls(model, lambda m: draw(m, few, steps=4, later=10**6)) if precision == "int8" else None
     frozen = freeze(model, precision, calls)
     print(f"{precision} beside fp32, {fidelity(model, frozen, lambda m: draw(m, few).clamp(-1, 1))}")
     return frozen

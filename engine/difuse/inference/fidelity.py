@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
+
+from difuse.inference.freeze import Frozen
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,12 @@ class Watched(nn.Module):
     def __init__(self, model, after):
         super().__init__()
         self.model, self._after = model, after
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, *args, **kwargs):
         """The model's own."""
-        arguments = inspect.signature(self.model.forward).bind(*args, **kwargs).arguments
         result = self.model(*args, **kwargs)
-        self._after(dict(arguments), result)
+        self._after(_named(self.model, args, kwargs), result)
         return result
 
     def __getattr__(self, name):
@@ -80,15 +82,33 @@ def fidelity(model, other, draw):
     expected = draw(Watched(model, compare))
     if not errors:
         raise ValueError("fidelity: draw(model) did not call the model")
+    if not expected.isfinite().all():
+        raise ValueError("fidelity: draw(model) gave images with nan or infinity")
     if not torch.equal(draw(model), expected):
         raise ValueError("fidelity: draw(model) gave other images the second time; draw from fixed seeds")
     mean_square = (draw(other).double() - expected.double()).square().mean().item()
+    if not math.isfinite(mean_square):
+        return Fidelity(tuple(errors), -math.inf)
     return Fidelity(tuple(errors), 10 * math.log10(4 / mean_square) if mean_square else math.inf)
+
+
+def _named(model, args, kwargs):
+    """{name: value} of a call's arguments, by the forward of the model's class."""
+    cls = type(model.model if isinstance(model, Frozen) else model)
+    bound = inspect.signature(cls.forward).bind(None, *args, **kwargs)
+    named = {}
+    for name, value in bound.arguments.items():
+        parameter = bound.signature.parameters[name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise ValueError(f"fidelity: {cls.__name__}.forward takes *{name}, which cannot be given by name")
+        named |= value if parameter.kind is parameter.VAR_KEYWORD else {name: value}
+    named.pop(next(iter(bound.signature.parameters)))  # self
+    return named
 
 
 def _kept(arguments):
     """Tensors copied: a sampler may write over them."""
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return tree_map(lambda value: value.clone() if isinstance(value, torch.Tensor) else value, arguments)
 
 
 def _first_tensor(result):

@@ -5,10 +5,9 @@
     pipe.transformer = difuse.freeze(transformer)
     frozen = difuse.freeze(model, "int8", example_inputs=[(x, t, y), ...])
 
-The copy runs our kernels as `accelerate` would have it. Its products are oneDNN's, on weights that were packed once,
-the GELU of an MLP in the same pass as its first product. In the lower precisions the products of the blocks are
-computed in bfloat16 or with 8-bit integers; the residual stream, norms, modulations, and what comes before the first
-block and after the last stay in float32.
+The copy runs our kernels as `accelerate` would have it. Its products are oneDNN's, on weights that were packed once. In
+the lower precisions those of the blocks are computed in bfloat16 or with 8-bit integers; the residual stream, norms,
+attention, modulations, and what comes before the first block and after the last stay in float32.
 """
 import copy
 import warnings
@@ -48,7 +47,8 @@ def freeze(model, precision="fp32", example_inputs=None):
     model: difuse's DiT, or a model with blocks that `difuse.accelerate` knows, in float32 and eval mode; an accelerated
     one keeps its backend. precision: of the products in blocks, "fp32", "bf16" or "int8". example_inputs: with "int8" a
     few real calls of the model, each a tuple of arguments or a dict of keyword arguments, whose outlying channels are
-    smoothed (SmoothQuant); without them nothing is. The copy's weights are as of now; `refresh()` reads them again.
+    smoothed (SmoothQuant) in every product that they reach; without them nothing is. The copy's weights are as of now;
+    `refresh()` reads them again.
 
     Warns where the CPU has no bfloat16 products. Raises TypeError for what is no module; ValueError for a model in
     train mode, not in float32 on the CPU, with hooks, LoRA layers or parametrizations on it, without a block that
@@ -226,7 +226,8 @@ def _packable(model):
 def _in_a_block(path):
     """Whether this is a product of one of many blocks, not of the model's ends and not of a modulation."""
     parts = path.split(".")
-    return any(part.isdigit() for part in parts) and not any(part.startswith("norm") for part in parts)
+    return any(part.isdigit() for part in parts) and not any(
+        part.startswith(("norm", "caption")) or part.endswith("_mod") for part in parts)
 
 
 def _smoothing(model, linears, calls):
@@ -238,6 +239,7 @@ def _smoothing(model, linears, calls):
 
 def _hand_on_codes(model):
     """Between the two 8-bit products of an MLP nothing need be floats."""
+    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__name__}"
         if name not in _MLPS:
@@ -245,7 +247,7 @@ def _hand_on_codes(model):
         first, between, second = _MLPS[name]
         products = [module.get_submodule(path) for path in (first, second)]
         between = {path: module.get_submodule(path) for path in between}
-        if (all(isinstance(product, Int8Product) for product in products) and products[0] is not products[1]
+        if (all(isinstance(product, Int8Product) for product in products) and parents[id(products[0])] == 1
                 and all(isinstance(part, (nn.Identity, nn.Dropout)) for part in between.values())):
             for path in between:
                 module.set_submodule(path, nn.Identity())
@@ -253,7 +255,7 @@ def _hand_on_codes(model):
 
 
 def _fuse_gelus(model):
-    """Let the product before a GELU compute it in the same pass, where nothing else reads that product."""
+    """Let the product before a GELU compute it too, where nothing else reads that product."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         name = f"{type(module).__module__}.{type(module).__name__}"
         if name == "diffusers.models.activations.GELU" and isinstance(module.proj, PackedProduct):

@@ -1,5 +1,6 @@
 """Matrix products of a frozen model: oneDNN's, on weights that were packed once, in three precisions."""
 import functools
+import platform
 from typing import NamedTuple
 
 import torch
@@ -21,14 +22,14 @@ class PackedProduct(nn.Module):
     gelu: "tanh" or "none" (exact), as of nn.GELU, or None for no activation.
     """
 
-    takes, dtype = (torch.float32,), torch.float32  # of inputs; of the bias and the result
+    bias_dtype = torch.float32
 
     def __init__(self, linear):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.gelu = None
         self.bias = None if linear.bias is None else nn.Parameter(
-            torch.empty_like(linear.bias, dtype=self.dtype), requires_grad=False)
+            torch.empty_like(linear.bias, dtype=self.bias_dtype), requires_grad=False)
         self.times_packed = 0  # tells `cache_conditioning` that the weight is another one
         self.pack(linear)
 
@@ -54,10 +55,9 @@ class PackedProduct(nn.Module):
 
     def forward(self, x):
         """Raises TypeError for another dtype, RuntimeError where a gradient is asked for."""
-        if x.dtype not in self.takes:
-            raise TypeError(f"a frozen model's product got {x.dtype}; expected "
-                            f"{' or '.join(map(str, self.takes))}. Convert the inputs with .float(), and call it "
-                            "outside of torch.autocast")
+        if x.dtype != torch.float32:
+            raise TypeError(f"a frozen model's product got {x.dtype}; expected torch.float32. Convert the inputs with "
+                            ".float(), and call it outside of torch.autocast")
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("a frozen model has no gradients; call it under torch.no_grad()")
         return self._product(x)
@@ -80,12 +80,12 @@ class PackedProduct(nn.Module):
 
 
 class BFloat16Product(PackedProduct):
-    """The same with both operands rounded to bfloat16 and the float32 sums rounded to it: half the memory.
+    """The same with operands and results rounded to bfloat16: half the memory. What it takes and returns is float32.
 
     A CPU without bfloat16 products multiplies the same values in float32, on weights that it widens at every call.
     """
 
-    takes, dtype = (torch.float32, torch.bfloat16), torch.bfloat16
+    bias_dtype = torch.bfloat16
 
     def _packed(self, weight):
         weight = weight.to(torch.bfloat16).contiguous()
@@ -98,13 +98,17 @@ class BFloat16Product(PackedProduct):
     def _product(self, x):
         x = x.to(torch.bfloat16)
         if not emulates_bfloat16():
-            return super()._product(x)
-        return self._activated(products.linear(self, x))  # [...,N]
+            return super()._product(x).float()  # [...,N]
+        return self._activated(products.linear(self, x).float())  # [...,N]
 
 
+@functools.cache
 def emulates_bfloat16():
-    """Whether oneDNN has no bfloat16 matrix product of its own on this CPU."""
-    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this CPU has no bfloat16 matrix product of its own; oneDNN takes AVX-512 without it for enough."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return True
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Codes(NamedTuple):
@@ -133,13 +137,13 @@ class Int8Product(PackedProduct):
         if self.smooth is not None:
             weight = weight / self.smooth
         self.scale = weight.abs().amax(1).clamp_min(1e-30) / largest_weight()  # [N]
-        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         return torch.ops.onednn.qlinear_prepack((weight / self.scale[:, None]).round().to(torch.int8), None)
 
     @property
     def weight(self):
         """[N,K] with its rounding."""
-        ones = torch.eye(self.in_features, dtype=torch.uint8)
+        ones = torch.eye(self.in_features, dtype=torch.uint8, device=self.scale.device)
         weight = integer_product(ones, self.packed, self.scale, self.zeros, 0).T  # [N,K]
         return weight if self.smooth is None else weight * self.smooth
 
@@ -160,14 +164,20 @@ class Int8Product(PackedProduct):
 
 def integer_product(codes, packed, scale, zeros, zero):
     """(codes - zero) [...,K] times packed [K,N], times scale [N]: float32 [...,N], of exact integer sums."""
-    return torch.ops.onednn.qlinear_pointwise(codes, 1.0, zero, packed, scale, zeros, None, 1.0, 0, torch.float32,
+    rows = codes.view(-1, codes.shape[-1])  # [M,K]
+    sums = torch.ops.onednn.qlinear_pointwise(rows, 1.0, zero, packed, scale, zeros, None, 1.0, 0, torch.float32,
                                               "none", [], "")
+    return sums.view(*codes.shape[:-1], len(scale))
 
 
 @functools.cache
 def largest_weight():
-    """127, or 63 where this CPU's instructions saturate at the sum of two products of 8 bits (x86 without VNNI)."""
-    packed = torch.ops.onednn.qlinear_prepack(torch.full((16, 64), 127, dtype=torch.int8), None)
-    found = integer_product(torch.full((4, 64), 255, dtype=torch.uint8), packed, torch.ones(16, dtype=torch.float32),
-                            torch.zeros(16, dtype=torch.int32), 0)
-    return 127 if bool((found == 255 * 127 * 64).all()) else 63
+    """127, or 64 where this CPU's instructions saturate at the sum of two products of 8 bits (x86 without VNNI)."""
+    K, N, options = 512, 256, {"device": "cpu"}
+    packed = torch.ops.onednn.qlinear_prepack(torch.full((N, K), 127, dtype=torch.int8, **options), None)
+    scale, zeros = torch.ones(N, dtype=torch.float32, **options), torch.zeros(N, dtype=torch.int32, **options)
+    for rows in (1, 64):  # 255 - ZERO is the largest code, and 2 * 255 * 127 more than 16 bits hold
+        codes = torch.full((rows, K), 255, dtype=torch.uint8, **options)
+        if not (integer_product(codes, packed, scale, zeros, ZERO) == (255 - ZERO) * 127 * K).all():
+            return 64
+    return 127

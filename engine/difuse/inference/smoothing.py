@@ -21,7 +21,10 @@ def largest_inputs(model, linears, calls):
 
     def watch(path):
         def hook(_linear, inputs):
-            largest = inputs[0].abs().flatten(0, -2).amax(0)  # [K]
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])  # [M,K]
+            if not len(rows):
+                return
+            largest = rows.abs().amax(0)  # [K]
             found[path] = torch.maximum(found[path], largest) if path in found else largest
 
         return hook
@@ -35,7 +38,7 @@ def largest_inputs(model, linears, calls):
             arguments, keywords = ((), call) if isinstance(call, dict) else (call, {})
             try:
                 model(*arguments, **keywords)
-            except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            except Exception as error:
                 raise ValueError(f"freeze: example_inputs[{number}] is no call of this model: {error}") from error
     finally:
         for hook in hooks:
@@ -47,7 +50,10 @@ def largest_inputs(model, linears, calls):
 
 
 def smoothing(largest, weight):
-    """1 / s [K], of max |x_k| [K] and weight [N,K]. A channel that was never used, or has no weight, stays as it is."""
+    """1 / s [K], of max |x_k| [K] and weight [N,K].
+
+    A channel counts as at least a hundredth of the largest one: one that was quiet in these calls may wake in others.
+    """
     most = weight.abs().amax(0)  # [K]
-    s = largest**ALPHA / most ** (1 - ALPHA)
-    return torch.where((largest > 0) & (most > 0) & s.isfinite(), 1 / s, 1)
+    s = (largest.clamp_min(0.01 * largest.max()) ** ALPHA / most.clamp_min(0.01 * most.max()) ** (1 - ALPHA))
+    return torch.where((s > 0) & s.isfinite(), 1 / s, 1)

@@ -1,19 +1,27 @@
 """GELU by its approximation with tanh, which torch computes slowly on CPUs: its own module, and diffusers'."""
+import torch.nn.functional as F
+
 from difuse.integrations.registry import register
 from difuse_kernels import gelu_tanh
+
+# no `ops` are declared: where gelu_tanh has no kernel it is torch's own, whatever backend the model was given
 
 
 def _by_erf(module):
     return None if module.approximate == "tanh" else f"approximate is {module.approximate!r}; only tanh has a kernel"
 
 
-@register("torch.nn.modules.activation.GELU", refuses=_by_erf, ops=("gelu_tanh",), kind="layer")
+def _gelu(module, x):
+    return gelu_tanh(x) if module.approximate == "tanh" else F.gelu(x, approximate=module.approximate)
+
+
+@register("torch.nn.modules.activation.GELU", refuses=_by_erf, kind="layer")
 def gelu(self, input):
-    """input [...,F]; nn.GELU."""
-    return gelu_tanh(input)
+    """input [...]; nn.GELU."""
+    return _gelu(self, input)
 
 
-@register("diffusers.models.activations.GELU", refuses=_by_erf, ops=("gelu_tanh",), kind="layer")
+@register("diffusers.models.activations.GELU", refuses=_by_erf, kind="layer")
 def projected_gelu(self, hidden_states):
     """[...,D] -> [...,F]: the GELU of a projection."""
-    return gelu_tanh(self.proj(hidden_states))
+    return _gelu(self, self.proj(hidden_states))

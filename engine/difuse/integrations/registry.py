@@ -58,7 +58,7 @@ class Adapter:
 
     forward(module, ...) has the parameters of the class's own forward. refuses(module) says why this module must keep
     its own (an option without an equivalent), or None. kind: "block", "part" (of a block) or "layer" (torch's
-    own, which makes no model known and is left out of the report where there is nothing to gain).
+    own, or as small: it makes no model known and is left out of the report where there is nothing to gain).
     """
 
     name: str

@@ -81,6 +81,9 @@ class Attention(nn.Module):
 class GeluTanh(nn.GELU):
     """torch's, by our kernel where that is faster."""
 
+    def __init__(self):
+        super().__init__("tanh")
+
     def forward(self, x):
         return gelu_tanh(x)  # [...,F]
 
@@ -91,7 +94,7 @@ class Mlp(nn.Module):
     def __init__(self, hidden_size, mlp_size):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, mlp_size)
-        self.act = GeluTanh(approximate="tanh")
+        self.act = GeluTanh()
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
     def forward(self, h):

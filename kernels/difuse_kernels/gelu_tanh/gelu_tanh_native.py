@@ -1,5 +1,4 @@
 """gelu_tanh on the C++ kernels. Kernels: csrc/gelu_tanh/gelu_tanh_cpu.cpp."""
-from difuse_kernels.checks import dense_last
 
 
 class Launchers:
@@ -10,8 +9,10 @@ class Launchers:
 
     def unsupported(self, _op, inputs):
         """Why these inputs cannot run here, or None."""
-        return self.machine.unsupported(inputs) or (
-            "the kernels take at most 8 dimensions" if inputs[0].dim() > 8 else None)
+        x, = inputs
+        if not x.is_contiguous() or not 0 < x.dim() <= 8:
+            return "the kernel takes contiguous tensors of 1 to 8 dimensions"
+        return self.machine.unsupported(inputs)
 
     def gelu_tanh_forward(self, x):
         """GELU, contiguous."""
@@ -22,5 +23,5 @@ class Launchers:
     def gelu_tanh_backward(self, grad, x):
         """The gradient of x, contiguous."""
         dx = self.machine.empty_like(x)
-        self.ext.gelu_tanh_backward(dense_last(grad), x, dx)
+        self.ext.gelu_tanh_backward(grad.contiguous(), x, dx)
         return dx

@@ -9,7 +9,8 @@ quantize(dequantize(...)) in one pass over memory. activation: "none", "gelu" (b
 
 x [...,K] float32, bfloat16 or float16, contiguous; codes uint8 [...,K]; scale float32 [...]; sums float32 [...,N]. A
 row that holds an infinity or NaN has the scale NaN, so that everything computed from it is NaN. For inference on CPUs:
-there are no gradients, and no kernels for GPUs.
+there are no gradients, no kernels for GPUs, and nothing of it in explain(). Without the C++ extension the reference
+runs.
 """
 import torch
 
@@ -24,7 +25,7 @@ ZERO = 128  # the code of 0
 
 def quantize(x, smooth=None):
     """(codes, scale) of x [...,K]. Raises ValueError or TypeError for a wrong shape, dtype or device."""
-    _check("quantize", x, KERNEL_DTYPES, x.shape[-1:], smooth=smooth)
+    _check("quantize", x, KERNEL_DTYPES, smooth=smooth)
     return _backend().quantize(x, None, None, "none", smooth)
 
 
@@ -41,25 +42,29 @@ def requantize(sums, scale, bias=None, *, activation="none", smooth=None):
 
 
 def _backend():
+    if forced_backend() == "cpu" and native.ext is None:
+        raise RuntimeError(f"quantize: backend 'cpu' cannot run here: {native.missing()}")
     return quantize_reference if native.ext is None or forced_backend() == "reference" else quantize_native
 
 
-def _check(op, x, dtypes, width, **rows):
-    if not x.is_cpu or x.dtype not in dtypes or 0 in x.shape[-1:] or not x.is_contiguous():
+def _check(op, x, dtypes, wide=True, **rows):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{op}: got {type(x).__name__}; expected a tensor")
+    if not x.is_cpu or x.dtype not in dtypes or not x.is_contiguous() or (wide and not (x.dim() and x.shape[-1])):
         raise ValueError(f"{op}: got {tuple(x.shape)} {x.dtype} on {x.device}, "
                          f"{'' if x.is_contiguous() else 'not '}contiguous; expected a contiguous tensor of one of "
                          f"{', '.join(sorted(map(str, dtypes)))} on the CPU")
     if needs_grad(x):
         raise ValueError(f"{op}: codes have no gradient; call it under torch.no_grad()")
     for name, row in rows.items():
-        check_shape(op, name, row, width)
+        check_shape(op, name, row, x.shape[-1:])
         if row is not None and not (row.dtype == torch.float32 and row.is_contiguous() and row.is_cpu):
             raise ValueError(f"{op}: {name} is {row.dtype} on {row.device}; expected contiguous torch.float32 on the "
                              "CPU")
 
 
 def _check_sums(op, sums, scale, activation, **rows):
-    _check(op, sums, (torch.float32,), sums.shape[-1:], **rows)
-    _check(op, scale, (torch.float32,), ())
+    _check(op, sums, (torch.float32,), **rows)
+    _check(op, scale, (torch.float32,), wide=False)
     check_shape(op, "scale", scale, sums.shape[:-1])
     check_one_of(op, "activation", activation, ACTIVATIONS)

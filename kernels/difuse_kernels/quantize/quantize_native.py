@@ -6,8 +6,8 @@ from difuse_kernels import native
 
 def quantize(x, scale, bias, activation, smooth):
     """(codes, scale) of act(scale x + bias) smooth."""
-    codes = torch.empty(x.shape, dtype=torch.uint8)
-    found = torch.empty(x.shape[:-1], dtype=torch.float32)
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    found = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     K = x.shape[-1]
     native.ext.quantize(x.view(-1, K), None if scale is None else scale.view(-1), bias, activation, smooth,
                         codes.view(-1, K), found.view(-1))
