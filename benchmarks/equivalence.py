@@ -33,6 +33,7 @@ from benchmarks.families.proofs import (
 )
 from benchmarks.timing import RUNS, interleaved
 from difuse.files import write_atomically
+from difuse.integrations.products import emulates_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SLOW = 4  # seconds of a call of eager in bfloat16, emulated mostly, beyond which nothing is repeated
@@ -148,7 +149,7 @@ def machine():
     versions = ", ".join(f"{name} {sys.modules[name].__version__}" for name in ("torch", "diffusers")
                          if name in sys.modules)
     return (f"{cpu}, {torch.get_num_threads()} threads, bfloat16 instructions: "
-            f"{'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}; {versions}; commit {commit() or '-'}")
+            f"{'no' if emulates_bfloat16() else 'yes'}; {versions}; commit {commit() or '-'}")
 
 
 def places(found, part):

@@ -7,12 +7,17 @@ import importlib.util
 import torch
 
 
-def missing(precision):
-    """Why this precision cannot be measured here, or None."""
+def build(plain, inputs, precision):
+    """(function of the model's inputs, None), or (None, why there is none)."""
     for package in ("openvino", *(("nncf",) if precision == "int8" else ())):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed"
-    return None
+            return None, f"{package} is not installed"
+    try:
+        call = openvino(plain, inputs, precision)
+        call(*inputs)
+    except Exception as error:  # whatever a converter of other versions raises; the report shows it
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return call, None
 
 
 def openvino(plain, inputs, precision):

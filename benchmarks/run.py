@@ -235,8 +235,10 @@ def cells(row):
     if max(timing["spread"] for timing in times.values()) > NOISY:
         remarks.append("noisy")
     if "openvino" in ratios:
-        remarks.append(f"{ratios['openvino']:.2f} x OpenVINO; error {row['errors']['difuse']:.1e}, its "
-                       f"{row['errors']['openvino']:.1e}")
+        remarks.append(f"{ratios['openvino']:.2f} x OpenVINO")
+    if "errors" in row:
+        errors = {name: "-" if error is None else f"{error:.1e}" for name, error in row["errors"].items()}
+        remarks.append(f"error {errors.pop('difuse')}; {', '.join(map(' '.join, errors.items()))}")
     if "compile_failed" in row:
         remarks.append(f"compile failed: {one_line(row['compile_failed'])}")
     elif "compile_seconds" in row:

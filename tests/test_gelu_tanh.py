@@ -9,7 +9,7 @@ from torch import nn
 import difuse
 from difuse_kernels import explain_reset, gelu_tanh, use_backend
 from difuse_kernels.dispatch import OPS
-from difuse_kernels.testing.numerics import backends_here
+from difuse_kernels.testing.numerics import backends_here, device_of
 
 each_backend = pytest.mark.parametrize("backend", backends_here("gelu_tanh"))
 needs_kernel = pytest.mark.skipif("cpu" not in backends_here("gelu_tanh"), reason="the native module is not built")
@@ -102,7 +102,7 @@ def test_a_backend_of_gpus_can_be_asked_for():
     from benchmarks.families import load
 
     if "triton" in backends_here("gated_activation"):
-        model = load("facebook_dit").build().eval()
+        model = load("facebook_dit").build().eval().to(device_of("triton"))
         assert difuse.accelerate(model, backend="triton").blocks == (3, 3)
 
 

@@ -44,13 +44,15 @@ def run(args):
     drawn = torch.tensor(labels).repeat_interleave(args.n)
     seeds = [args.seed + k for k in range(args.n)] * len(labels)
 
-    def draw(model, images=slice(None), steps=args.steps, later=0):
+    def draw(model, images=slice(None), steps=args.steps, seeds=seeds):
         return sample(FlowAsVP(model, process) if as_vp else model, drawn[images], sampler=sampler, steps=steps,
-                      guidance=args.guidance, seeds=[seed + later for seed in seeds[images]], process=process,
+                      guidance=args.guidance, seeds=seeds[images], process=process,
                       prediction=prediction, batch_size=args.batch_size, progress=True)
 
     if args.precision:
-        model = _frozen(model.eval(), args.precision, draw, slice(0, len(drawn), -(-len(drawn) // FEW)))
+        few = slice(0, len(drawn), -(-len(drawn) // FEW))
+        others = [(seed + 10**6) % 2**63 for seed in seeds]  # smoothed by other images than it is judged by
+        model = _frozen(model.eval(), args.precision, lambda m: draw(m, few, 4, others), lambda m: draw(m, few))
     images = draw(model)
     scale = args.scale or max(1, 128 // images.shape[-1])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -59,12 +61,10 @@ def run(args):
     return 0
 
 
-def _frozen(model, precision, draw, few):
-    """The frozen model; below fp32 what that changes, measured on a few of the images, is printed."""
+def _frozen(model, precision, draw_examples, draw_few):
+    """The frozen model; below fp32 what that changes, measured on a few images, is printed."""
     if precision == "fp32":
         return freeze(model)
-    # smoothed by other images than it is judged by
-    calls = recorded_calls(model, lambda m: draw(m, few, steps=4, later=10**6)) if precision == "int8" else None
-    frozen = freeze(model, precision, calls)
-    print(f"{precision} beside fp32, {fidelity(model, frozen, lambda m: draw(m, few).clamp(-1, 1))}")
+    frozen = freeze(model, precision, recorded_calls(model, draw_examples) if precision == "int8" else None)
+    print(f"{precision} beside fp32, {fidelity(model, frozen, lambda m: draw_few(m).clamp(-1, 1))}")
     return frozen

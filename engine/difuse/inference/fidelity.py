@@ -26,7 +26,7 @@ class Fidelity:
     psnr: float
 
     def __str__(self):
-        worst = max(range(len(self.errors)), key=self.errors.__getitem__)
+        worst = max(range(len(self.errors)), key=lambda k: math.inf if math.isnan(self.errors[k]) else self.errors[k])
         mean = sum(self.errors) / len(self.errors)
         return (f"relative error of the model's results over {len(self.errors)} calls: {mean:.2%} on average, "
                 f"{self.errors[0]:.2%} in the first, {self.errors[-1]:.2%} in the last, {self.errors[worst]:.2%} "
@@ -70,7 +70,8 @@ def fidelity(model, other, draw):
 
     draw(model) -> images, a tensor with values in [-1,1], which must be the same for the same model. Errors are of
     single calls, on the states of `model`'s own trajectory; the PSNR is of `other`'s own images.
-    Raises ValueError where draw does not call the model, or gives other images each time.
+    It is infinite for equal images, minus infinity for images that are not finite. Raises ValueError where draw does
+    not call the model, or gives other images each time or ones that are not finite, and for a forward with *args.
     """
     errors = []
 
@@ -94,13 +95,15 @@ def fidelity(model, other, draw):
 
 def _named(model, args, kwargs):
     """{name: value} of a call's arguments, by the forward of the model's class."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     cls = type(model.model if isinstance(model, Frozen) else model)
     bound = inspect.signature(cls.forward).bind(None, *args, **kwargs)
     named = {}
     for name, value in bound.arguments.items():
         parameter = bound.signature.parameters[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
-            raise ValueError(f"fidelity: {cls.__name__}.forward takes *{name}, which cannot be given by name")
+            raise ValueError(f"recorded_calls, fidelity: {cls.__name__}.forward takes *{name}, which cannot be given "
+                             "by name")
         named |= value if parameter.kind is parameter.VAR_KEYWORD else {name: value}
     named.pop(next(iter(bound.signature.parameters)))  # self
     return named

@@ -214,8 +214,8 @@ def _structure(model):
 def _packable(model):
     """{path: nn.Linear} of the products over tokens that own their weight.
 
-    Not of modulations and embeddings, whose products have a row per sample: packing gains nothing there, and adapters
-    compare their weights.
+    Not of embeddings and of what is called adaLN: their products have a row per sample, packing gains nothing there,
+    and adapters compare their weights.
     """
     linears = {path: module for path, module in model.named_modules(remove_duplicate=False)
                if type(module) is nn.Linear and not any("emb" in part or "adaLN" in part for part in path.split("."))}

@@ -1,6 +1,5 @@
-"""Matrix products of a frozen model: oneDNN's, on weights that were packed once, in three precisions."""
+"""Matrix products of a frozen model: oneDNN's, in three precisions, on weights packed once wherever it takes them."""
 import functools
-import platform
 from typing import NamedTuple
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from difuse.integrations import products
+from difuse.integrations.products import emulates_bfloat16
 from difuse_kernels import dequantize, gelu_tanh, quantize, requantize
 from difuse_kernels.quantize.quantize import ZERO
 
@@ -100,15 +100,6 @@ class BFloat16Product(PackedProduct):
         if not emulates_bfloat16():
             return super()._product(x).float()  # [...,N]
         return self._activated(products.linear(self, x).float())  # [...,N]
-
-
-@functools.cache
-def emulates_bfloat16():
-    """Whether this CPU has no bfloat16 matrix product of its own; oneDNN takes AVX-512 without it for enough."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return True
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class Codes(NamedTuple):

@@ -33,7 +33,7 @@ class Report:
         return done, done + sum(self._kind[path] == "block" for path in self.left_alone)
 
     def kind(self, path):
-        """What the module at `path` is: "block", "part" (of one) or "layer" (torch's own)."""
+        """What the module at `path` is: "block", "part" (of one) or "layer" (torch's own, or as small)."""
         return self._kind[path]
 
     def __str__(self):

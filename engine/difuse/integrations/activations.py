@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from difuse.integrations.registry import register
 from difuse_kernels import gelu_tanh
 
-# no `ops` are declared: where gelu_tanh has no kernel it is torch's own, whatever backend the model was given
+# no `ops` are declared: a model may be given a GPU's backend, for which gelu_tanh is torch's own
 
 
 def _by_erf(module):

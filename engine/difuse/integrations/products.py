@@ -11,6 +11,12 @@ from torch.autograd import forward_ad
 
 from difuse.integrations.registry import register
 
+
+def emulates_bfloat16():
+    """Whether oneDNN has no bfloat16 matrix product of its own on this CPU."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 _EMULATED = {dtype for dtype, supported in (  # what this CPU multiplies only by emulation
     (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
     (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported)) if not supported()}
