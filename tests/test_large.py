@@ -30,13 +30,13 @@ def _embedded(x, m, run):
     return run(m.reshape(2, 24, 1).expand(2, 24, 5).contiguous(), 4, add=x[:, 32])
 
 
+# gelu_tanh takes contiguous tensors alone, and one of 2^31 elements is more than a test has room for
 CASES = {  # op -> call on x [2,33,24], or on heads in it, and m [2,24]
     "norm_modulate": lambda x, m, run: run(x, m, m),
     "gate_residual": lambda x, m, run: run(x, x, m),
     "gate_residual_norm_modulate": lambda x, m, run: run(x, x, m, m, m),
     "norm_modulate_dual": lambda x, m, run: run(x, m, m, m, m),
     "gated_activation": lambda x, m, run: run(x),
-    "gelu_tanh": lambda x, m, run: run(x),
     "group_norm_act": _embedded,
     "attention": lambda x, m, run: run(*x.unflatten(2, (3, 1, 8)).unbind(2)),
     "attention_packed": lambda x, m, run: run(x.unflatten(2, (3, 1, 8))),
