@@ -16,7 +16,7 @@ def build(plain, inputs, precision):
         call = openvino(plain, inputs, precision)
         call(*inputs)
     except Exception as error:  # whatever a converter of other versions raises; the report shows it
-        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return call, None
 
 

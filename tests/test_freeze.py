@@ -246,19 +246,21 @@ def test_a_weight_of_two_products_stays_plain(model):
 
 # refreshed
 
-@pytest.mark.parametrize("name", ["tiny", "facebook_dit", "dit", "flux"])
-def test_refresh_reads_all_weights_again(name, model):
+@pytest.mark.filterwarnings("ignore:difuse.freeze")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["tiny", "facebook_dit", "dit", "pixart", "flux"])
+def test_refresh_reads_all_weights_again(name, precision, model):
     inputs = dict(zip("xty", CALL, strict=True))
     if name != "tiny":
         model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
-    frozen = difuse.freeze(model)
+    frozen = difuse.freeze(model, precision)
     before = out(frozen, **inputs)
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.mul_(0.9)
     assert torch.equal(out(frozen, **inputs), before)
     frozen.refresh()
-    assert torch.equal(out(frozen, **inputs), out(difuse.freeze(model), **inputs))
+    assert torch.equal(out(frozen, **inputs), out(difuse.freeze(model, precision), **inputs))
     assert not torch.equal(out(frozen, **inputs), before)
     with torch.no_grad():
         for tensor in model.parameters():

@@ -12,10 +12,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map
 
-from difuse.inference.freeze import Frozen
+from difuse.inference.freeze import Around, Frozen
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Fidelity:
                 f"at most (call {worst + 1}); images: {self.psnr:.1f} dB PSNR")
 
 
-class Watched(nn.Module):
+class Watched(Around):
     """`model`, and after every call of it `after(arguments, result)`, arguments by their names."""
 
     def __init__(self, model, after):
@@ -46,14 +45,6 @@ class Watched(nn.Module):
         result = self.model(*args, **kwargs)
         self._after(_named(self.model, args, kwargs), result)
         return result
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "model" not in self._modules:
-                raise
-            return getattr(self.model, name)
 
 
 @torch.no_grad()

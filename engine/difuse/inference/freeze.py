@@ -90,7 +90,19 @@ def freeze(model, precision="fp32", example_inputs=None):
     return Frozen(frozen.requires_grad_(False), weakref.ref(model), packed, _structure(model))
 
 
-class Frozen(nn.Module):
+class Around(nn.Module):
+    """A module around `model`, whose other attributes are the model's."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "model" not in self._modules:
+                raise
+            return getattr(self.model, name)
+
+
+class Frozen(Around):
     """What `freeze` returns. Other attributes than its methods are the copy's (config, num_classes, dtype, ...).
 
     Calls run without gradients and autocast. It cannot be trained, moved, converted, copied, pickled or saved, and is
@@ -141,14 +153,6 @@ class Frozen(nn.Module):
         biases = {id(product.bias) for product in self._packed.values()}
         return [(name, tensor) for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
                 if id(tensor) not in biases]
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "model" not in self._modules:
-                raise
-            return getattr(self.model, name)
 
     def __setattr__(self, name, value):
         if name in ("model", "training", "forward") or name.startswith("_"):
@@ -245,10 +249,11 @@ def _hand_on_codes(model):
         if name not in _MLPS:
             continue
         first, between, second = _MLPS[name]
-        products = [module.get_submodule(path) for path in (first, second)]
-        between = {path: module.get_submodule(path) for path in between}
+        parts = dict(module.named_modules(remove_duplicate=False))
+        products = [parts.get(path) for path in (first, second)]
+        between = [path for path in between if path in parts]  # older releases of timm have fewer
         if (all(isinstance(product, Int8Product) for product in products) and parents[id(products[0])] == 1
-                and all(isinstance(part, (nn.Identity, nn.Dropout)) for part in between.values())):
+                and all(isinstance(parts[path], (nn.Identity, nn.Dropout)) for path in between)):
             for path in between:
                 module.set_submodule(path, nn.Identity())
             products[0].read_by(products[1])
