@@ -169,6 +169,8 @@ def _integrate(sampler, model, noise, method, labels, guidance, generators, call
         raise ValueError(f"{sampler}: got {'no' if generators is None else len(generators)} generators for "
                          f"{len(noise)} samples, and each step draws noise; give one torch.Generator per sample")
     predict = GuidedModel(sampler, model, labels, guidance, noise)
+    if labels is not None and hasattr(type(model), "for_trajectory"):  # a frozen model: some work is done once
+        predict.model = model.for_trajectory(method.times, predict.labels.unique())
     table = method.table(predict.weights).to(noise.device)[:, None]  # [steps,1,J]
     times = method.times.to(noise.device)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils._pytree import tree_map
 
-from difuse.inference.freeze import Around, Frozen
+from difuse.inference.around import Around
+from difuse.inference.freeze import Frozen
 
 
 @dataclass(frozen=True)
