@@ -15,7 +15,7 @@ import weakref
 import pytest
 import torch
 
-from difuse import Engine, Request
+from difuse import Engine, Request, use_backend
 from difuse.diffusion import SAMPLERS, VP, Flow, initial_noise
 from tests.tiny_training import tiny_model
 
@@ -136,14 +136,16 @@ def test_flow_and_a_model_without_classes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_transformers_images_differ_by_rounding(dtype):
-    """Its products are a library's, which may sum other batches in another order."""
+    """Its products are a library's, which may sum other batches in another order; beside float64 neither is better."""
     model = tiny_model().to(dtype).eval()
     requests = [dataclasses.replace(request, label=request.label % 3) for request in MIXED]
     with Engine(model, process=VP("linear"), prediction="v") as engine:
-        images = results([engine.submit(request) for request in requests])
-    for image, request in zip(images, requests, strict=True):
-        expected = alone(model, request, VP("linear"))
-        assert (image - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+        images = torch.stack(results([engine.submit(request) for request in requests]))
+    single = torch.stack([alone(model, request, VP("linear")) for request in requests])
+    with use_backend("reference"):
+        truth = torch.stack([alone(model.double(), request, VP("linear")) for request in requests])
+    off, least = ((found - truth).square().mean().sqrt() for found in (images, single))
+    assert off <= 1.5 * least + torch.finfo(dtype).eps * truth.square().mean().sqrt()
 
 
 def test_requests_share_calls_at_different_steps(toy):
@@ -619,7 +621,7 @@ def test_soak(toy):
                     except queue.Full:
                         refused += 1
                         time.sleep(1e-3)
-                    if rng.random() < 0.1:
+                    if rng.random() < 0.2:
                         rng.choice(futures)[1].cancel()
                 assert not concurrent.futures.wait([future for _, future in futures], WAIT).not_done
                 for request, future in futures:
