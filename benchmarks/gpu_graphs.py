@@ -1,4 +1,4 @@
-"""CUDA graphs that hold more than a step: a guided sampling loop, replayed with other numbers, against eager.
+"""CUDA graphs: a whole guided loop, difuse.sample's steps, a frozen model, replayed with other numbers, against eager.
 
 What changes between replays lies in buffers on the device: state, times, coefficients, labels, and the (seed, step)
 pairs that the kernel draws noise from. A kernel that read any of them on the host would replay the recorded ones.
@@ -13,19 +13,20 @@ from benchmarks.bench_model import GUIDANCE
 from benchmarks.gpu_plan import Job
 from benchmarks.rivals import difference
 from difuse.diffusion import VP, Flow
+from difuse.inference import freeze
 from difuse.models import DiT
 from difuse_kernels import sampler_step
 
 STEPS, BATCH = 3, 2
 SIZES = {"input_size": 16, "patch_size": 2, "in_channels": 4, "hidden_size": 144, "depth": 2, "num_heads": 2,
          "num_classes": 10, "class_dropout_prob": 0.0}  # head dimension 72, as DiT-XL's
-WHOLE, SAMPLE = "whole loop in one graph", "difuse.sample with graphs"
+WHOLE, SAMPLE, FROZEN = "whole loop in one graph", "difuse.sample with graphs", "difuse.freeze"
 
 
 def jobs(device):
-    """Both kinds of recording."""
+    """All kinds of recording."""
     return [Job("graphs", f"graphs {name}", functools.partial(rows, device), "graphs", cap=90)
-            for name, rows in ((WHOLE, whole_loop), (SAMPLE, sample_rows))]
+            for name, rows in ((WHOLE, whole_loop), (SAMPLE, sample_rows), (FROZEN, frozen_rows))]
 
 
 def build(device, dtype):
@@ -93,6 +94,18 @@ def sample_rows(device):
                 steps=2 * STEPS, guidance=GUIDANCE + seed / 10, seeds=[seed, seed + 1])
             pairs.append((call(graphs=graphs), call()))
         yield row(SAMPLE, sampler, "bf16", torch.bfloat16, pairs)
+
+
+@torch.no_grad()
+def frozen_rows(device):
+    """A row per dtype: the frozen model called with three sets of inputs."""
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model, pairs = build(device, dtype), []
+        frozen = freeze.record(model)  # what difuse.freeze does on a GPU
+        for seed in (0, 1, 2):
+            x, t, y = bench_model.random_inputs(model, BATCH, torch.Generator(device.name).manual_seed(seed))
+            pairs.append((frozen(x.to(dtype), t, y), model(x.to(dtype), t, y)))
+        yield row(FROZEN, "DiT", name, dtype, pairs)
 
 
 def row(what, case, dtype_name, dtype, pairs):

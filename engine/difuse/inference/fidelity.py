@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from difuse.inference.around import Around
-from difuse.inference.freeze import Frozen
+from difuse.inference.frozen import Frozen
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@
     pipe.transformer = difuse.freeze(transformer)
     frozen = difuse.freeze(model, "int8", example_inputs=[(x, t, y), ...])
 
-The copy runs our kernels as `accelerate` would have it. Its products are oneDNN's, on weights that were packed once. In
-the lower precisions those of the blocks are computed in bfloat16 or with 8-bit integers; the residual stream, norms,
-attention, modulations, and what comes before the first block and after the last stay in float32.
+The copy runs our kernels as `accelerate` would have it. On a CPU its products are oneDNN's, on weights that were packed
+once. In the lower precisions those of the blocks are computed in bfloat16 or with 8-bit integers; the residual stream,
+norms, attention, modulations, and what comes before the first block and after the last stay in float32. On a GPU the
+forward is a CUDA graph (recorded.py).
 """
 import copy
 import warnings
@@ -17,9 +18,10 @@ from collections import Counter
 import torch
 from torch import nn
 
-from difuse.inference.around import Around
+from difuse.inference.frozen import Frozen
 from difuse.inference.hoist import Hoisted, make_hoistable
 from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct, emulates_bfloat16
+from difuse.inference.recorded import Recorded
 from difuse.inference.smoothing import largest_inputs, smoothing
 from difuse.integrations.accelerate import accelerate
 from difuse.integrations.registry import adapter_of
@@ -43,40 +45,55 @@ _MLPS = {  # class -> its two products, and the modules between them that hand o
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def freeze(model, precision="fp32", example_inputs=None):
-    """A `Frozen` copy of `model`, called like it, for inference on a CPU. The model stays as it is.
+def freeze(model, precision=None, example_inputs=None):
+    """A `Frozen` copy of `model`, called like it, for inference. The model stays as it is.
 
-    model: difuse's DiT, or a model with blocks that `difuse.accelerate` knows, in float32 and eval mode; an accelerated
-    one keeps its backend. precision: of the products in blocks, "fp32", "bf16" or "int8". example_inputs: with "int8" a
-    few real calls of the model, each a tuple of arguments or a dict of keyword arguments, whose outlying channels are
-    smoothed (SmoothQuant) in every product that they reach; without them nothing is. The copy's weights are as of now;
-    `refresh()` reads them again.
+    model: difuse's DiT, or a model with blocks that `difuse.accelerate` knows, in eval mode; an accelerated one keeps
+    its backend. On a CPU it is in float32, and the copy's weights are as of now; `refresh()` reads them again.
+    precision: of the products in blocks, "fp32" (default), "bf16" or "int8". example_inputs: with "int8" a few real
+    calls of the model, each a tuple of arguments or a dict of keyword arguments, whose outlying channels are smoothed
+    (SmoothQuant) in every product that they reach; without them nothing is. On a GPU the model stays in its own dtype
+    and the copy reads its weights where they lie; every call is recorded once per shape and replayed.
 
     Warns where the CPU has no bfloat16 products. Raises TypeError for what is no module; ValueError for a model in
-    train mode, not in float32 on the CPU, with hooks, LoRA layers or parametrizations on it, without a block that
-    accelerate knows, for another precision, or for example inputs that the model cannot take; RuntimeError where torch
-    was built without oneDNN.
+    train mode, not on one device, on a CPU not in float32, with hooks, LoRA layers or parametrizations on it, without a
+    block that accelerate knows, for another precision, or any on a GPU, or for example inputs that the model cannot
+    take; RuntimeError where torch was built without oneDNN.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"freeze: got {type(model).__name__}; expected a module, e.g. pipe.transformer")
     if isinstance(model, Frozen):
         raise ValueError("freeze: the model is frozen already")
-    if precision not in _PRECISIONS:
+    if precision not in (None, *_PRECISIONS):
         raise ValueError(f"freeze: precision is {precision!r}; expected one of {', '.join(map(repr, _PRECISIONS))}")
     if example_inputs is not None and precision != "int8":
         raise ValueError(f"freeze: example_inputs are what 'int8' is smoothed by; precision is {precision!r}")
-    if not torch.backends.mkldnn.is_available():
-        raise RuntimeError("freeze: this torch was built without oneDNN, whose products it is about")
     if model.training:
         raise ValueError("freeze: the model is in train mode; call model.eval() first")
     _check(model)
+    if next(model.parameters()).is_cuda:
+        if precision is not None:
+            raise ValueError(f"freeze: precision is {precision!r}, and the model is on a GPU, where it stays in its "
+                             "own dtype; convert it first, e.g. with model.to(torch.bfloat16)")
+        return record(model)
+    return _pack(model, precision or "fp32", example_inputs)
+
+
+def record(model):
+    """The `Recorded` of a checked model: its copy has the same weights, not others like them."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return Recorded(_accelerated(copy.deepcopy(model, shared)), weakref.ref(model))
+
+
+def _pack(model, precision, example_inputs):
+    """The `Packed` of a checked model."""
+    if not torch.backends.mkldnn.is_available():
+        raise RuntimeError("freeze: this torch was built without oneDNN, whose products it is about")
     if precision == "bf16" and emulates_bfloat16():
-        warnings.warn(NO_BFLOAT16, stacklevel=4)
+        warnings.warn(NO_BFLOAT16, stacklevel=5)
     linears = _packable(model)
     # memo: the copy refers to these weights until they are packed, and never holds a second plain copy of them
-    frozen = copy.deepcopy(model, {id(linear.weight): linear.weight for linear in linears.values()})
-    if not isinstance(model, DiT) and not any(adapter_of(vars(module).get("forward")) for module in frozen.modules()):
-        accelerate(frozen)
+    frozen = _accelerated(copy.deepcopy(model, {id(linear.weight): linear.weight for linear in linears.values()}))
     smooth = _smoothing(frozen, linears, example_inputs) if example_inputs is not None else {}
     products = {}  # one for a layer at several places
     for path, linear in linears.items():
@@ -91,55 +108,28 @@ def freeze(model, precision="fp32", example_inputs=None):
         _hand_on_codes(frozen)
     _keep_freed_memory()
     modulations = make_hoistable(frozen)
-    return Frozen(frozen.requires_grad_(False), weakref.ref(model), packed, _structure(model), modulations)
+    return Packed(frozen.requires_grad_(False), weakref.ref(model), packed, modulations)
 
 
-class Frozen(Around):
-    """What `freeze` returns. Other attributes than its methods are the copy's (config, num_classes, dtype, ...).
+def _accelerated(model):
+    if not isinstance(model, DiT) and not any(adapter_of(vars(module).get("forward")) for module in model.modules()):
+        accelerate(model)
+    return model
 
-    Calls run without gradients and autocast. It cannot be trained, moved, converted, copied, pickled or saved, and is
-    no instance of the model's class.
-    """
 
-    def __init__(self, model, source, packed, structure, modulations):
-        super().__init__()
-        self.model = model
-        self._source, self._packed, self._structure, self._modulations = source, packed, structure, modulations
-        self._refreshed = 0
+class Packed(Frozen):
+    """A `Frozen` on a CPU, which cannot be saved either: its weights are packed."""
+
+    def __init__(self, model, source, packed, modulations):
+        super().__init__(model, source, (torch.float32, torch.device("cpu")))
+        self._packed, self._modulations = packed, modulations
         model.register_load_state_dict_pre_hook(_refuse_weights)  # here, before a part of them is loaded
-        super().train(False)
 
     @torch.no_grad()
     def forward(self, *args, **kwargs):
         """The model's own forward."""
         with torch.autocast("cpu", enabled=False):
             return self.model(*args, **kwargs)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def refresh(self):
-        """Read the weights of the model that this was made from again. Keep that model if you want to.
-
-        Raises RuntimeError, before anything is read, if it is gone or is no longer built as it was then.
-        """
-        source = self._source()
-        if source is None:
-            raise RuntimeError("Frozen: the model that it was made from is gone; freeze the model anew")
-        if _structure(source) != self._structure:
-            raise RuntimeError("Frozen: the model that it was made from has other modules, shapes or dtypes by now; "
-                               "freeze it anew")
-        for path, product in self._packed.items():
-            product.pack(source.get_submodule(path))
-        theirs = dict((*source.named_parameters(remove_duplicate=False),
-                       *source.named_buffers(remove_duplicate=False)))
-        for name, tensor in self._others():
-            tensor.copy_(theirs[name])
-        self._refreshed += 1
-
-    @property
-    def refreshed(self):
-        """How many times `refresh` was called."""
-        return self._refreshed
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -177,35 +167,19 @@ class Frozen(Around):
         return {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in (
             ("packed", packed), ("other", [tensor for _, tensor in self._others()]))}
 
+    def _read(self, source):
+        for path, product in self._packed.items():
+            product.pack(source.get_submodule(path))
+        theirs = dict((*source.named_parameters(remove_duplicate=False),
+                       *source.named_buffers(remove_duplicate=False)))
+        for name, tensor in self._others():
+            tensor.copy_(theirs[name])
+
     def _others(self):
         """(name, tensor) of everything that is not packed."""
         biases = {id(product.bias) for product in self._packed.values()}
         return [(name, tensor) for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers())
                 if id(tensor) not in biases]
-
-    def __setattr__(self, name, value):
-        if name in ("model", "training", "forward") or name.startswith("_"):
-            super().__setattr__(name, value)
-        else:
-            setattr(self.model, name, value)
-
-    def train(self, mode=True):
-        """Only `train(False)`, which it is in already."""
-        if mode:
-            raise RuntimeError("Frozen: it holds packed weights, which cannot be trained; train the model it was made "
-                               "from, then call refresh()")
-        return self
-
-    def _apply(self, fn, recurse=True):
-        probe = fn(torch.zeros(1, dtype=torch.float32))
-        if probe.dtype != torch.float32 or probe.device.type != "cpu":
-            raise RuntimeError(f"Frozen: it stays float32 on the CPU and cannot go to {probe.dtype} on {probe.device}; "
-                               "convert the model it was made from and freeze that")
-        return self
-
-    def __reduce_ex__(self, protocol):
-        raise TypeError("Frozen: its weights are packed for this machine; copy or pickle the model it was made from "
-                        "and freeze that")
 
 
 def _keep_freed_memory():
@@ -218,13 +192,13 @@ def _keep_freed_memory():
 
 
 def _check(model):
-    """Raise ValueError for a model that is not in float32 on the CPU, or that somebody has built something onto."""
-    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    if devices != {"cpu"}:
-        raise ValueError(f"freeze: the model is on {', '.join(sorted(devices)) or 'no device'}; expected the CPU. On a "
-                         "GPU difuse.sample(..., graphs=difuse.Graphs()) replays its steps")
+    """Raise ValueError for a model that cannot be frozen where it is, or that somebody has built something onto."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        raise ValueError(f"freeze: the model is on {', '.join(sorted(map(str, devices))) or 'no device'}; expected the "
+                         "CPU or one GPU")
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if dtypes != {torch.float32}:
+    if next(iter(devices)).type == "cpu" and dtypes != {torch.float32}:
         raise ValueError(f"freeze: the model's weights are {', '.join(sorted(map(str, dtypes)))}; expected "
                          "torch.float32 alone. Convert it with model.float()")
     for path, module in model.named_modules():
@@ -244,13 +218,6 @@ def _check(model):
 
 def _refuse_weights(*_):
     raise RuntimeError("Frozen: it loads no weights; load them into the model it was made from, then refresh()")
-
-
-def _structure(model):
-    """All that a copy took over but the values of weights: comparable."""
-    return ([(path, type(module)) for path, module in model.named_modules()],
-            [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in (
-                *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))])
 
 
 def _packable(model):

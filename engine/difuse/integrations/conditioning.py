@@ -9,7 +9,7 @@ import weakref
 import torch
 from torch import nn
 
-from difuse.integrations.parts import watched
+from difuse.integrations.parts import must_not_wait, watched
 from difuse.integrations.registry import adapter_of
 from difuse_kernels.dispatch import forced_backend
 
@@ -179,7 +179,7 @@ def _repeatable(values):
     """Whether what is computed now may be used by a later call."""
     return (not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
             and torch.autograd.forward_ad._current_level < 0
-            and not (values.is_cuda and torch.cuda.is_current_stream_capturing()))
+            and not must_not_wait(values))
 
 
 def _weights(attn):

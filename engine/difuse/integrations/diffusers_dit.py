@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from difuse.integrations.diffusers_parts import Embedded
-from difuse.integrations.parts import plain_norm, rows, watched
+from difuse.integrations.parts import must_not_wait, plain_norm, rows, watched
 from difuse.integrations.registry import register
 from difuse_kernels import norm_modulate, unpatchify
 
@@ -74,7 +74,7 @@ def _sharing(model, x):
     """
     if (torch.is_grad_enabled() or model.training or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-            or (x.is_cuda and torch.cuda.is_current_stream_capturing())):
+            or must_not_wait(x)):
         return []
     embedders = {block: list(block.norm1.emb.modules()) for block in model.transformer_blocks}
     embedders = {block: modules for block, modules in embedders.items() if _shares(block, modules)}

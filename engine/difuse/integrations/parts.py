@@ -12,6 +12,11 @@ def watched(*modules):
                or ("forward" in vars(module) and adapter_of(vars(module)["forward"]) is None) for module in modules)
 
 
+def must_not_wait(tensor):
+    """Whether the host may not wait for this tensor's values: while a CUDA graph is recorded, or soon will be."""
+    return tensor.is_cuda and (torch.cuda.is_current_stream_capturing() or torch.cuda.get_sync_debug_mode() > 0)
+
+
 def is_layer_norm(norm):
     """Whether this is torch's LayerNorm or one of diffusers' by name, and no other subclass."""
     return (isinstance(norm, nn.LayerNorm) and type(norm).__name__ in ("LayerNorm", "FP32LayerNorm")

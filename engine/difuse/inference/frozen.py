@@ -1,0 +1,82 @@
+"""What the frozen models of CPUs and of GPUs have in common."""
+from abc import abstractmethod
+
+import torch
+
+from difuse.inference.around import Around
+
+
+class Frozen(Around):
+    """What `freeze` returns. Other attributes than its methods are the copy's (config, num_classes, dtype, ...).
+
+    Calls run without gradients and autocast. It cannot be trained, moved, converted, copied or pickled, and is no
+    instance of the model's class.
+
+    model: the copy; source: a weak reference to the model it is of; expected: the dtype and device that it stays in.
+    """
+
+    def __init__(self, model, source, expected):
+        super().__init__()
+        self.model, self._source, self._expected, self._refreshed = model, source, expected, 0
+        self._structure = structure(source())
+        super().train(False)
+
+    @abstractmethod
+    def memory(self):
+        """Bytes by kind."""
+
+    @abstractmethod
+    def _read(self, source):
+        """Take over the weights of `source`, which is built like the copy."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def refresh(self):
+        """Read the weights of the model that this was made from again. Keep that model if you want to.
+
+        Raises RuntimeError, before anything is read, if it is gone or is no longer built as it was then.
+        """
+        source = self._source()
+        if source is None:
+            raise RuntimeError("Frozen: the model that it was made from is gone; freeze the model anew")
+        if structure(source) != self._structure:
+            raise RuntimeError("Frozen: the model that it was made from has other modules, shapes or dtypes by now; "
+                               "freeze it anew")
+        self._read(source)
+        self._refreshed += 1
+
+    @property
+    def refreshed(self):
+        """How many times `refresh` was called."""
+        return self._refreshed
+
+    def __setattr__(self, name, value):
+        if name in ("model", "training", "forward") or name.startswith("_"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def train(self, mode=True):
+        """Only `train(False)`, which it is in already."""
+        if mode:
+            raise RuntimeError("Frozen: it cannot be trained; train the model it was made from, then call refresh()")
+        return self
+
+    def _apply(self, fn, recurse=True):
+        dtype, device = self._expected
+        probe = fn(torch.zeros(1, dtype=dtype, device=device))
+        if probe.dtype != dtype or probe.device != device:
+            raise RuntimeError(f"Frozen: it stays {dtype} on {device} and cannot go to {probe.dtype} on "
+                               f"{probe.device}; convert the model it was made from and freeze that")
+        return self
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("Frozen: it is made for this machine; copy or pickle the model it was made from and freeze "
+                        "that")
+
+
+def structure(model):
+    """All that a copy takes over but the values of weights: comparable."""
+    return ([(path, type(module)) for path, module in model.named_modules()],
+            [(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in (
+                *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))])
