@@ -1,25 +1,19 @@
-"""Whole models against their plain PyTorch twin: a forward pass, one of the frozen model, a guided sampling step."""
-import math
-
+"""Whole models against their plain PyTorch twin: a forward pass, and a guided sampling step."""
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import openvino_rival, rivals, roofline
-from benchmarks.bench_ops import DTYPES, FORWARD, Target, verdict
+from benchmarks import rivals, roofline
+from benchmarks.bench_ops import DTYPES, FORWARD, verdict
 from benchmarks.timing import versus
 from difuse.diffusion import Flow, flow_euler
-from difuse.inference.freeze import freeze
 from difuse.integrations.products import emulates_bfloat16
 from difuse.models import DiT
 from difuse_kernels import use_backend
 from difuse_kernels.testing.numerics import FACTOR
 
 FAMILIES = {"DiT-S/2": DiT}  # name -> class with from_name and a plain twin in rivals.py
-SAMPLING, FROZEN, FROZEN_INT8 = "sampling step", "forward, frozen", "forward, frozen int8"
-TARGETS = (Target(("DiT-S/2",), FROZEN, "eager", 1.4), Target(("DiT-S/2",), FROZEN, "compile", 1.35),
-           Target(("DiT-S/2",), FROZEN, "openvino", 1.05), Target(("DiT-S/2",), FROZEN_INT8, "openvino", 1.0))
+SAMPLING = "sampling step"
 GUIDANCE = 1.5
-INT8_ERROR = 0.05  # of the result, rms over rms, with every product of the blocks rounded to 127 or 64 steps
 NO_BF16 = "this CPU emulates bfloat16 products; --dtype bf16 measures them all the same"
 
 
@@ -37,11 +31,11 @@ def jobs(args, ceilings, rows=None):
     return chosen
 
 
-def build(family, quick):
+def build(family, quick, batch=8):
     """(model, case name, (x, t, y)), float32. Random weights: adaLN-Zero's zeros would hide any mistake."""
     overrides = {"depth": 2, "input_size": 16} if quick else {}
-    model = FAMILIES[family].from_name(family, class_dropout_prob=0.0, **overrides)
-    generator, batch = torch.Generator().manual_seed(0), 2 if quick else 8
+    model = FAMILIES.get(family, DiT).from_name(family, class_dropout_prob=0.0, **overrides)
+    generator, batch = torch.Generator().manual_seed(0), 2 if quick else batch
     random_weights(model, generator)
     x, t, y = random_inputs(model, batch, generator)
     depth = f", depth {model.config['depth']}" if quick else ""
@@ -67,7 +61,6 @@ def model_rows(family, dtype_name, ceilings, quick=False, compiles=False, skippe
     """A row for the forward pass, weights in the dtype, and one for a guided sampling step on half the batch.
 
     The step calls the model on as many rows as the forward pass; torch.compile is timed on the forward pass alone.
-    In float32 on a CPU also one for the forward pass of the frozen model.
     """
     dtype = DTYPES[dtype_name]
     model, case, (x, t, y) = build(family, quick)
@@ -93,39 +86,9 @@ def model_rows(family, dtype_name, ceilings, quick=False, compiles=False, skippe
         truth = exact(x.double(), t, y)
         forward |= race(calls, truth, dtype) | extra
         sampling |= race(steps, users_step(exact, noise.double(), labels, torch.float64), dtype)
-        forwards = [forward]
-        if dtype_name == "fp32":
-            forwards += [row | extra for row in frozen_rows(model, plain, (x, t, y), calls, truth, {
-                **head, "case": case, "shape": list(x.shape)}, with_openvino=not quick)]
-    for row in forwards:
-        if "times" in row and row["pass"] != FROZEN_INT8:  # whose products are no float32
-            row |= against_ceilings(ceilings, dtype_name, model, (x, t, y), row)
-    return [*forwards, sampling]
-
-
-def frozen_rows(model, plain, inputs, contenders, truth, head, with_openvino):
-    """A row of the frozen model, and one with 8-bit products, smoothed by this call: both of float32 models.
-
-    Where OpenVINO is installed it is a rival, with NNCF's 8 bits in the second row; its error stands beside ours.
-    """
-    rows, size = [], truth.square().mean().sqrt().item()
-    for precision, kind, calls in (("fp32", FROZEN, None), ("int8", FROZEN_INT8, [inputs])):
-        frozen = freeze(model, precision, calls)
-        racing = contenders | {"difuse": lambda frozen=frozen: frozen(*inputs)}
-        rival, why = openvino_rival.build(plain, inputs, precision) if with_openvino else (None, "a quick run")
-        if rival is not None:
-            racing["openvino"] = lambda rival=rival: rival(*inputs)
-        errors = {name: (call().double() - truth).square().mean().sqrt().item() / size for name, call in racing.items()}
-        budget = INT8_ERROR if precision == "int8" else FACTOR * errors["eager"] + torch.finfo(torch.float32).eps
-        row = head | {"pass": kind, "openvino": why or "measured", "gate": verdict([
-            ("out", errors["difuse"], budget, errors["difuse"] <= budget)])}
-        row["errors"] = {name: error if math.isfinite(error) else None for name, error in errors.items()}
-        rows.append(row)
-        if not row["gate"]["ok"]:  # 8 bits of a wrong model prove nothing either
-            break
-        row |= versus(racing)
-        row["targets"] = [target.judge(row) for target in TARGETS if target.fits(row)]
-    return rows
+    if "times" in forward:
+        forward |= against_ceilings(ceilings, dtype_name, model, (x, t, y), forward)
+    return [forward, sampling]
 
 
 def users_step(model, x, labels, dtype):

@@ -32,7 +32,8 @@ def openvino(plain, inputs, precision):
         calls = nncf.Dataset([[tensor.numpy() for tensor in inputs]])
         model = nncf.quantize(model, calls, model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
     request = ov.Core().compile_model(model, "CPU", {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
         "PERFORMANCE_HINT": "LATENCY"}).create_infer_request()
 
     def call(*given):

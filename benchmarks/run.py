@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [ops|model|train|engine|all]`: measure difuse against eager PyTorch and torch.compile.
+"""`python -m benchmarks.run [ops|model|frozen|train|engine|all]`: difuse against eager PyTorch and torch.compile.
 
 A speed is printed only after the correctness gate of the same case and dtype has passed. Rivals take turns in one
 process; times are medians of at least 7 runs with their spread (inter-quartile range). Writes one JSON file and one
@@ -20,14 +20,14 @@ import torch
 from tqdm import tqdm
 
 import difuse
-from benchmarks import bench_engine, bench_model, bench_ops, bench_train, rivals, roofline
+from benchmarks import bench_engine, bench_frozen, bench_model, bench_ops, bench_train, rivals, roofline
 from difuse.files import check_folder, write_atomically
 from difuse_kernels import native
 from difuse_kernels.dispatch import OPS
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-GROUPS = {"ops": bench_ops, "model": bench_model, "train": bench_train, "engine": bench_engine}
+GROUPS = {"ops": bench_ops, "model": bench_model, "frozen": bench_frozen, "train": bench_train, "engine": bench_engine}
 SCHEMA = 1
 NOISY = 0.2  # a spread above this is named beside the row's ratios
 COLUMNS = ("op", "case", "dtype", "pass", "backend", "difuse", "eager", "x eager", "compile", "x compile", "ceiling",

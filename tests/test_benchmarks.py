@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
+import difuse
 import difuse_kernels
-from benchmarks import bench_engine, bench_model, bench_ops, bench_train, rivals, roofline, run, timing
+from benchmarks import bench_engine, bench_frozen, bench_model, bench_ops, bench_train, rivals, roofline, run, timing
 from difuse.models import DiT
 from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Case
@@ -47,6 +48,7 @@ def tiny_cases(monkeypatch):
     monkeypatch.setattr(bench_ops, "cases", lambda op, speed: [case for case in TINY if case.op == op])
     monkeypatch.setattr(bench_ops, "ONE_ROW", bench_ops.ONE_ROW[:1])
     monkeypatch.setattr(bench_model, "FAMILIES", {"DiT-tiny": TinyDiT})
+    monkeypatch.setattr(bench_frozen, "CASES", (("DiT-tiny", 2),))
 
 
 class TinyDiT(DiT):
@@ -278,8 +280,44 @@ def test_model_rows(tiny_cases, monkeypatch, rows, dtype):
             assert row["times"].keys() == {"difuse", "eager"}
         else:
             assert row["times"].keys() == {"difuse", "eager", "compile"}
-            assert row["compile_seconds"] > 0 and ("flops" in row) == (row["pass"] != bench_model.FROZEN_INT8)
+            assert row["compile_seconds"] > 0 and "flops" in row
         assert len(run.cells(row)) == len(run.COLUMNS)
+
+
+def test_frozen_rows(tiny_cases, monkeypatch):
+    monkeypatch.setattr(rivals, "compiled", lambda network: network)
+    made = {}
+
+    def built(plain, inputs, precision):  # stands for OpenVINO
+        made[precision] = plain
+        return plain.forward, None
+
+    monkeypatch.setattr(bench_frozen.openvino_rival, "build", built)
+    monkeypatch.setattr(bench_frozen, "TRAJECTORIES", {("DiT-tiny", 2)})
+    monkeypatch.setattr(bench_frozen, "WIDE", ("DiT-tiny",))
+    monkeypatch.setattr(bench_frozen, "TARGETS", (
+        bench_frozen.Target(("DiT-tiny",), bench_ops.FORWARD, "openvino", 1.0, ("int8",)),))
+    found = bench_frozen.rows("DiT-tiny", 2, ["fp32", "int8"], CEILINGS, compiles=True)
+    assert [(row["dtype"], row["pass"]) for row in found] == [
+        (precision, kind) for precision in ("fp32", "int8") for kind in (bench_ops.FORWARD, bench_frozen.TRAJECTORY)]
+    assert made.keys() == {"fp32", "int8"}
+    for row in found:
+        forward = row["pass"] == bench_ops.FORWARD
+        assert row["gate"]["ok"], row["gate"]
+        assert row["times"].keys() == {"difuse", "eager", "openvino"} | ({"compile"} if forward else set())
+        assert row["errors"]["difuse"] > 1e-4 if row["dtype"] == "int8" else row["errors"]["difuse"] < 1e-5
+        assert row["errors"]["eager"] < 1e-5 and len(run.cells(row)) == len(run.COLUMNS)
+        assert ("flops" in row) == (forward and row["dtype"] == "fp32")
+        assert len(row["targets"]) == (forward and row["dtype"] == "int8")
+
+
+def test_the_users_ddim_is_difuses():
+    model, _, (x, _, y) = bench_model.build("DiT-S/2", quick=True)
+    noise, _ = bench_frozen.initial_noise(x.shape[1:], [0, 1])
+    with torch.no_grad():
+        ours = difuse.sample(model, y, process=bench_frozen.PROCESS, prediction="eps", steps=bench_frozen.STEPS,
+                             guidance=bench_frozen.GUIDANCE)
+        assert rivals.difference([bench_frozen.users_ddim(model.eval(), noise, y)], [ours]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -297,6 +335,13 @@ def test_a_wrong_model_yields_no_speed(tiny_cases, monkeypatch, rows):
     for row in rows("DiT-tiny", "fp32", CEILINGS, quick=True):
         assert not row["gate"]["ok"] and "times" not in row
         assert run.cells(row)[-1].startswith("WRONG")
+
+
+def test_a_wrong_frozen_model_yields_no_speed_in_any_precision(tiny_cases, monkeypatch):
+    wrong(monkeypatch, "attention_packed", lambda out: out * 1.001)
+    monkeypatch.setattr("difuse.models.layers.attention_packed", difuse_kernels.attention_packed)
+    (row,) = bench_frozen.rows("DiT-tiny", 2, ["fp32", "int8"], CEILINGS, quick=True)
+    assert not row["gate"]["ok"] and "times" not in row
 
 
 def test_emulated_bfloat16_is_left_out_in_sight_unless_asked_for(tiny_cases, monkeypatch):
@@ -324,7 +369,7 @@ def test_a_run_writes_its_report_and_prints_it(tiny_cases, tmp_path, capsys):
     for key in ("cpu", "cores", "python", "difuse", "commit", "date", "load_average"):
         assert machine[key] is not None and str(machine[key]) in text
     assert {row["op"] for row in report["rows"]} == {*OPS, "DiT-tiny"}
-    assert {row["group"] for row in report["rows"]} == {"ops", "model", "train", "engine"}
+    assert {row["group"] for row in report["rows"]} == {"ops", "model", "frozen", "train", "engine"}
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(report["rows"]) and len({line.count("|") for line in table}) == 1
     assert "GB/s into fresh memory" in text and "GFLOP/s fp32" in text and "±" in text
