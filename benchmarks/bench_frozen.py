@@ -3,14 +3,15 @@
 OpenVINO converts the plain twin itself; its 8 bits come from NNCF. Both 8-bit models are calibrated on the timed call.
 A trajectory is a user's DDIM loop around a plain model or OpenVINO, and `difuse.sample` around ours.
 """
+import copy
 import math
 
 import torch
 
 import difuse
 from benchmarks import bench_model, openvino_rival, rivals
-from benchmarks.bench_model import FORWARD, GUIDANCE
-from benchmarks.bench_ops import DTYPES, Target, verdict
+from benchmarks.bench_model import FORWARD, GUIDANCE, NO_BF16
+from benchmarks.bench_ops import Target, verdict
 from benchmarks.timing import versus
 from difuse.diffusion import VP, initial_noise
 from difuse.integrations.products import emulates_bfloat16
@@ -21,8 +22,7 @@ TRAJECTORIES = {("DiT-S/2", 8), ("DiT-XL/2", 2)}  # the batch is that of a guide
 TRAJECTORY, STEPS = "DDIM trajectory", 4
 PROCESS = VP("linear")
 PRECISIONS = ("fp32", "bf16", "int8")
-# of a result, rms over rms: a few rounding steps of every product of the blocks
-ERRORS = {"bf16": 0.05, "int8": 0.05}
+INT8_ERROR = 0.05  # of a result, rms over rms: a few rounding steps of every product of the blocks
 WIDE = ("DiT-S/2", "DiT-XL/2")
 TARGETS = (*(Target(WIDE, FORWARD, metric, value, (precision,)) for precision, metric, value in (
                ("fp32", "openvino", 1.05), ("fp32", "eager", 1.4), ("fp32", "compile", 1.35),
@@ -33,15 +33,19 @@ TARGETS = (*(Target(WIDE, FORWARD, metric, value, (precision,)) for precision, m
 def jobs(args, ceilings):
     """[(label, function returning rows)]: every case whose family fits; 8 bits beside float32."""
     compiles = not (args.no_compile or args.quick)
-    dtypes = args.dtype or (("fp32",) if emulates_bfloat16() else ("fp32", "bf16"))
-    precisions = [name for name in PRECISIONS if name.replace("int8", "fp32") in dtypes]
+    precisions = [name for name in PRECISIONS if name.replace("int8", "fp32") in (args.dtype or PRECISIONS)]
+    skipped = {"bf16": NO_BF16} if args.dtype is None and emulates_bfloat16() else {}
+    cases = dict(CASES).items() if args.quick else CASES  # a quick model has a batch of its own
     return [(f"frozen {family}, batch {batch}", lambda family=family, batch=batch: rows(
-                family, batch, precisions, ceilings, args.quick, compiles))
-            for family, batch in CASES if args.case in family and precisions]
+                family, batch, precisions, ceilings, args.quick, compiles, skipped))
+            for family, batch in cases if args.case in family and precisions]
 
 
-def rows(family, batch, precisions, ceilings, quick=False, compiles=False):
-    """A row per precision for the forward and, for some cases, one for a guided trajectory of half the batch."""
+def rows(family, batch, precisions, ceilings, quick=False, compiles=False, skipped=()):
+    """A row per precision for the forward and, for some cases, one for a guided trajectory of half the batch.
+
+    skipped: {precision: why it is not measured}.
+    """
     model, case, inputs = bench_model.build(family, quick, batch)
     model.eval()
     noise, _ = initial_noise(inputs[0].shape[1:], range(len(inputs[0]) // 2 or 1))
@@ -57,14 +61,19 @@ def rows(family, batch, precisions, ceilings, quick=False, compiles=False):
         plain_calls = {"eager": lambda: plain(*inputs)} | (
             {} if compiled is None else {"compile": lambda: compiled(*inputs)})
         for precision in precisions:
+            frozen = rival = calls = None  # the last ones make room
+            row = {**head, **extra, "case": case, "pass": FORWARD, "dtype": precision, "shape": list(inputs[0].shape)}
+            if precision in skipped:
+                found.append(row | {"skipped": skipped[precision]})
+                continue
             frozen = difuse.freeze(model, precision, [inputs] if precision == "int8" else None)
             rival, why = (None, "a quick run") if quick else openvino_rival.build(plain, inputs, precision)
-            row = {**head, **extra, "case": case, "pass": FORWARD, "dtype": precision, "openvino": why or "measured",
-                   "shape": list(inputs[0].shape)}
+            row["openvino"] = why or "measured"
             calls = {"difuse": lambda frozen=frozen: frozen(*inputs)} | plain_calls
+            half = in_bfloat16(plain) if precision == "bf16" else plain
             if rival is not None:
                 calls["openvino"] = lambda rival=rival: rival(*inputs)
-            found.append(judged(row, calls, truth, precision))
+            found.append(judged(row, calls, truth, budget(precision, half(*inputs), truth)))
             if "times" not in found[-1]:  # 8 bits of a wrong model prove nothing either
                 break
             if precision == "fp32":
@@ -78,8 +87,26 @@ def rows(family, batch, precisions, ceilings, quick=False, compiles=False):
                      "eager": lambda: users_ddim(plain, noise, labels)}
             if rival is not None:
                 calls["openvino"] = lambda rival=rival: users_ddim(rival, noise, labels, plain.num_classes)
-            found.append(judged(row, calls, image, precision))
+            found.append(judged(row, calls, image, budget(
+                precision, users_ddim(half, noise, labels, plain.num_classes), image)))
     return found
+
+
+def in_bfloat16(plain):
+    """A function like the plain model, which rounds weights and everything else to bfloat16."""
+    model = copy.deepcopy(plain).bfloat16()
+    return lambda x, t, y: model(x.bfloat16(), t, y).float()
+
+
+def error(found, truth):
+    """rms over rms."""
+    return ((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()).item()
+
+
+def budget(precision, eager, truth):
+    """Of our error: 1.5 times that of the same precision in eager PyTorch, whose 8 bits are set by hand."""
+    rounding = torch.finfo(torch.bfloat16 if precision == "bf16" else torch.float32).eps
+    return INT8_ERROR if precision == "int8" else FACTOR * error(eager, truth) + rounding
 
 
 def users_ddim(model, x, labels, null=None):
@@ -96,13 +123,11 @@ def users_ddim(model, x, labels, null=None):
     return x
 
 
-def judged(row, calls, truth, precision):
+def judged(row, calls, truth, allowed):
     """The row with every contender's error, the gate on ours and, where that is passed, times and targets."""
-    size = truth.square().mean().sqrt().item()
-    errors = {name: (call().double() - truth).square().mean().sqrt().item() / size for name, call in calls.items()}
-    budget = ERRORS.get(precision, FACTOR * errors["eager"] + torch.finfo(DTYPES["fp32"]).eps)
-    row["gate"] = verdict([("out", errors["difuse"], budget, errors["difuse"] <= budget)])
-    row["errors"] = {name: error if math.isfinite(error) else None for name, error in errors.items()}
+    errors = {name: error(call(), truth) for name, call in calls.items()}
+    row["gate"] = verdict([("out", errors["difuse"], allowed, errors["difuse"] <= allowed)])
+    row["errors"] = {name: value if math.isfinite(value) else None for name, value in errors.items()}
     if row["gate"]["ok"]:
         row |= versus(calls)
         row["targets"] = [target.judge(row) for target in TARGETS if target.fits(row)]

@@ -19,7 +19,7 @@ GROUPS = {  # name -> (processes, pytest's arguments): few where a process holds
     "offsets beyond 2^31": (2, ["tests/test_large.py"]),
     "production shapes, determinism, devices": (6, ["tests/test_gpu.py"]),
     "contract": (12, ["tests/test_op_contract.py", "tests/test_compile.py", "tests/test_triton.py",
-                      "tests/test_cuda.py", "tests/test_graphs.py",
+                      "tests/test_cuda.py", "tests/test_graphs.py", "tests/test_recorded.py",
                       *(f"tests/test_{op}.py" for op in OPS)]),
 }
 DRY_RUN = {"contract": (1, ["tests/test_gpu.py", "tests/test_op_contract.py", "-k",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from difuse_kernels import attention, attention_packed, triton_launch
 from difuse_kernels.attention.attention import ATTENTION
-from difuse_kernels.testing.numerics import backends_here
+from difuse_kernels.testing.cases import cases
+from difuse_kernels.testing.numerics import backends_here, check_case
 
 BACKENDS = backends_here("attention")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -39,6 +40,15 @@ def test_equals_scaled_dot_product_attention(backend, B, Sq, Sk, H, D):
     truth = F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
     assert ours.is_contiguous() and ours.dtype == q.dtype
     torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=2e-6)
+
+
+@needs_cpu
+@pytest.mark.parametrize("case", [case for case in cases() if case.op.startswith("attention")], ids=str)
+def test_bfloat16_without_gradients(case):
+    """The kernel then multiplies bfloat16 where the CPU can; the contract suite asks for gradients."""
+    with torch.no_grad():
+        lines = check_case(case, torch.bfloat16, "cpu", grads=False)
+    assert lines and all(line.ok for line in lines), lines
 
 
 @every_backend

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import digits, timing
 from difuse import demo
 from difuse.evaluation import frechet_distance
 from difuse.training import ImageDataset, load_model
@@ -99,3 +100,25 @@ def test_too_long_a_training_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at most 90"):
         demo.run(tmp_path / "new", seconds=91.0)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.filterwarnings("ignore:difuse.freeze")
+def test_precisions_side_by_side(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(timing, "LEAST", 1e-5)
+    out, _ = finished
+    checkpoint = str(out / "model.safetensors")
+    assert digits.main([checkpoint, "--images", "40", "--steps", "2", "--out", str(tmp_path / "new")]) == 0
+    table = (tmp_path / "new" / "precision.md").read_text()
+    assert table.split("\n\n")[1].strip() in capsys.readouterr().out
+    rows = {cells[0]: cells for cells in ([cell.strip() for cell in line.split("|")[1:-1]] for line in
+                                          table.splitlines() if line.startswith("|"))}
+    assert {"not frozen", "fp32", "bf16", "int8"} < rows.keys()
+    assert rows["not frozen"][3:6] == ["inf dB", "0.0e+00", "0.0e+00"]
+    errors = [float(rows[name][4]) for name in ("fp32", "bf16", "int8")]
+    assert errors[0] < 1e-5 < min(errors[1:]) and max(errors) < 0.1
+    with Image.open(tmp_path / "new" / "precision.png") as picture:
+        assert picture.size == (20 * 68 + 4, 4 * 68 + 4)
+    for arguments, message in ((["none.safetensors"], "is no file"), ([checkpoint, "--images", "1"], "at least 20")):
+        with pytest.raises(SystemExit):
+            digits.main(arguments)
+        assert message in capsys.readouterr().err

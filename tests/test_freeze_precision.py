@@ -13,6 +13,7 @@ from difuse.inference import freeze as freeze_module
 from difuse.inference import packed
 from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct
 from difuse.inference.smoothing import largest_inputs, smoothing
+from difuse_kernels import native
 from tests.test_freeze import CALL, error, out, state, unchanged
 from tests.tiny_training import tiny_model
 
@@ -216,13 +217,38 @@ def test_what_passes_between_blocks_is_float32(name):
     model, seen = load(name).build().eval(), set()
     frozen = difuse.freeze(model, "bf16")
     for module in frozen.model.modules():
-        if not isinstance(module, PackedProduct):
+        if not isinstance(module, (PackedProduct, nn.Identity, nn.Dropout)):  # the latter lie within an MLP
             module.register_forward_hook(lambda _, inputs, result: seen.update(
                 t.dtype for t in (*tensors(inputs), *tensors(result)) if t.is_floating_point()))
     out(frozen, **load(name).inputs(torch.float32))
     assert seen == {torch.float32}
     lower = [path for path, module in frozen.model.named_modules() if isinstance(module, BFloat16Product)]
     assert lower and not any(word in path for path in lower for word in ("emb", "_mod", "adaLN", "caption", "norm"))
+
+
+@pytest.mark.filterwarnings("ignore:difuse.freeze")
+@pytest.mark.parametrize("name", ["tiny", "facebook_dit", "dit"])
+def test_bfloat16_is_handed_on_where_the_reader_would_round(name, model):
+    """The same bits: what the reader would round is rounded before it."""
+    inputs = dict(zip("xty", CALL, strict=True))
+    if name != "tiny":
+        model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
+    frozen = difuse.freeze(model, "bf16")
+    handing = [(path, module) for path, module in frozen.model.named_modules()
+               if isinstance(module, BFloat16Product) and module.hands_on]
+    blocks = sum(path.count(".") == 1 for path, _ in frozen.model.named_modules() if "blocks" in path)
+    assert len(handing) == blocks * (2 if name == "tiny" else 1)  # an MLP, an attention, or both
+    found, dtypes = out(frozen, **inputs), set()
+    for _, module in handing:
+        module.register_forward_hook(lambda module, inputs, result: dtypes.add(result.dtype))
+    out(frozen, **inputs)
+    assert dtypes == {torch.bfloat16}
+    for _, module in handing:
+        module.hands_on = False
+    expected = out(frozen, **inputs)
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.equal(found, expected) or (native.ext and native.ext.isa() == "v4_bf16")  # rounds weights as well
+    assert error(found, expected) < 0.01
 
 
 class TimmMlp(nn.Module):
@@ -299,7 +325,7 @@ def test_example_inputs_that_are_none(model, calls, message):
 
 
 def test_example_inputs_are_for_8_bits(model):
-    with pytest.raises(ValueError, match="example_inputs are what 'int8' is smoothed by; precision is 'fp32'"):
+    with pytest.raises(ValueError, match="example_inputs are what 'int8' is smoothed by; precision is None"):
         difuse.freeze(model, example_inputs=[CALL])
 
 

@@ -5,6 +5,7 @@ import torch
 import difuse
 from difuse.diffusion import VP
 from difuse.inference.hoist import Hoisted
+from difuse.models import DiT
 from tests.tiny_training import tiny_model
 
 pytest.importorskip("diffusers")
@@ -137,5 +138,51 @@ def test_inference_mode_and_autocast(frozen):
 def test_a_failing_call_leaves_nothing_behind(frozen):
     hoisted, expected = frozen.hoist(TIMES, LABELS), frozen(*CALL)
     with pytest.raises(ValueError, match="x has shape"):
-        hoisted(X[:, :, 1:], *CALL[1:])
+        hoisted(X[:, :, 1:], torch.tensor([100, 0, 100]), CALL[2])
     assert torch.equal(frozen(*CALL), expected)
+
+
+class Slower(DiT):
+    """A descendant with times and argument names of its own."""
+
+    def forward(self, x, times, labels):
+        return super().forward(x, times // 2, labels)
+
+
+def test_samplers_leave_descendants_alone():
+    model = tiny_model(depth=2).eval()
+    model.__class__ = Slower
+    settings = dict(process=VP("linear"), prediction="v", steps=3)
+    found = difuse.sample(difuse.freeze(model), [0, 2], **settings)
+    torch.testing.assert_close(found, difuse.sample(model, [0, 2], **settings), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="the call has no tensor t and no y"):
+        difuse.freeze(model).hoist(TIMES, LABELS)(*CALL)
+
+
+def test_samplers_leave_wrong_labels_to_the_model(frozen):
+    with pytest.raises(ValueError, match="y holds labels from 5 to 5"):
+        difuse.sample(frozen, [5], process=VP("linear"), prediction="v", steps=2, guidance=1.0)
+
+
+def test_tables_do_not_follow_the_callers_tensors():
+    times, labels = torch.linspace(0, 1, 11, dtype=torch.float64), torch.tensor(LABELS)
+    frozen = difuse.freeze(tiny_model(depth=2).eval())
+    hoisted = frozen.hoist(times[1:4], labels)
+    call = X, times[1:4].float(), labels.clone()
+    times += 1
+    labels += 1
+    close(hoisted(*call), frozen(*call))
+
+
+def test_no_rows_and_a_call_within_a_call(frozen):
+    hoisted, other = frozen.hoist(TIMES, LABELS), difuse.freeze(tiny_model(1, depth=2).eval())
+    assert hoisted(X[:0], CALL[1][:0], CALL[2][:0]).shape == (0, 1, 4, 4)
+    expected, inner = frozen(*CALL), other(*CALL)
+    frozen.blocks[0].attn.register_forward_hook(lambda *_: close(other(*CALL), inner))
+    close(hoisted(*CALL), expected)
+
+
+def test_its_calls_are_recorded_by_the_models_names(frozen):
+    hoisted = frozen.hoist(TIMES, LABELS)
+    (arguments,) = difuse.recorded_calls(hoisted, lambda model: model(*CALL))
+    assert list(arguments) == ["x", "t", "y"]

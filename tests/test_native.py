@@ -30,7 +30,10 @@ for case in cases():
     if case.op in sys.argv[1:]:
         ran.add(case.op)
         for dtype in (torch.float32, torch.bfloat16):
-            wrong += [(str(case), dtype, line) for line in check_case(case, dtype, "cpu") if not line.ok]
+            lines = check_case(case, dtype, "cpu")
+            with torch.no_grad():  # attention then stays in bfloat16 where the CPU multiplies it
+                lines += check_case(case, dtype, "cpu", grads=False)
+            wrong += [(str(case), dtype, line) for line in lines if not line.ok]
 assert not wrong, wrong
 print(native.ext.isa(), *sorted(ran))
 """
@@ -112,6 +115,8 @@ def test_every_instruction_set_runs_or_says_why_not(isa):
     ops = ["gate_residual_norm_modulate", "norm_modulate", "patchify", "sampler_step"]
     if isa == native.ext.isa():
         ops = ["sampler_step"]  # the contract suite runs all of them on it
+    elif isa == "v4_bf16":
+        ops = ["attention", *ops]
     status, out, err = fresh(CHECK, *ops, DIFUSE_ISA=isa)
     if isa in wants and wants[isa] <= flags:
         assert status == 0, err
@@ -123,7 +128,7 @@ def test_every_instruction_set_runs_or_says_why_not(isa):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """A build of every kernel for x86-64-v3 with 16-lane vectors, as on AVX-512, barely optimised to be quick."""
+    """A build of every kernel for x86-64-v3 as on AVX-512: 16 lanes, products of bfloat16 pairs; quick, if slow."""
     if native.ext is None or "v3" not in native.ext.isas() or native.ext.isa() == "v2":
         pytest.skip("needs a native build on a CPU with AVX2")
     if not (shutil.which("g++") or shutil.which("c++") or os.environ.get("CXX")):
@@ -134,14 +139,14 @@ def wide(tmp_path_factory):
         setup = runpy.run_path(str(ROOT / "setup.py"))
     folder = tmp_path_factory.mktemp("wide")
     module = folder / Path(native.ext.__file__).name
-    setup["write_ninja"](folder, module, {"v3": setup["ISAS"]["v3"]}, "-O1 -DDIFUSE_VL=16")
+    setup["write_ninja"](folder, module, {"v3": setup["ISAS"]["v3"]}, "-O1 -DDIFUSE_VL=16 -DDIFUSE_BF16_DOTS")
     subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True, stdout=subprocess.DEVNULL)
     return module
 
 
 @pytest.mark.slow
 def test_sixteen_lanes(wide):
-    """The AVX-512 shape of every loop, run on any AVX2 machine."""
+    """The AVX-512 shape of every loop, and attention on pairs of bfloat16, run on any AVX2 machine."""
     replace = f"""
 import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("difuse_kernels._native", {str(wide)!r})

@@ -67,11 +67,16 @@ def close(found, expected):  # a product may take another algorithm while it is 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_family_is_recorded_and_replayed_with_other_values(name, records):
+def test_every_family_is_recorded_and_replayed_with_other_values(name, records, monkeypatch):
     model = load(name).build().eval().to(DEVICE)
     inputs = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value
               for key, value in load(name).inputs(torch.float32).items()}
     frozen = freeze(model)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    if HAS_GPU and name == "hidream":  # its model builds tensors from Python numbers in every call
+        with pytest.raises(RuntimeError, match="must not read values back"):
+            out(frozen, **inputs)
+        return
     for scale in (1.0, 0.5, -1.0):
         inputs = {key: value * scale if isinstance(value, torch.Tensor) and value.is_floating_point() and key in (
             "x", "hidden_states", "sample") else value for key, value in inputs.items()}
@@ -155,6 +160,60 @@ def test_threads(model, records):
             close(found, right)
 
 
+def test_attributes_and_switches_end_what_is_recorded(model, records):
+    frozen = freeze(model)
+    out(frozen, *call())
+    frozen.num_classes = 2
+    assert not frozen._calls and model.num_classes == 3
+    out(frozen, *call())
+    frozen.clear()
+    assert not frozen._calls and len(records) == 2
+
+
+def test_within_somebodys_recording_it_is_the_model(model, records, monkeypatch):
+    """As in difuse.sample(frozen, ..., graphs=difuse.Graphs())."""
+    frozen = freeze(model)
+    monkeypatch.setattr("difuse.inference.recorded.must_not_wait", lambda tensor: True)
+    assert torch.equal(out(frozen, *call()), out(model, *call()))
+    assert not records and not frozen._calls
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_in_graphs_of_sample(model):
+    options = dict(process=VP("linear"), prediction="v", steps=4, guidance=2.0)
+    close(difuse.sample(freeze(model), [0, 2], graphs=difuse.Graphs(), **options), difuse.sample(
+        model, [0, 2], **options))
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_models_recorded_in_threads_at_once(model):
+    models = [tiny_model(seed).eval().to(DEVICE) for seed in range(4)]
+    expected = [out(each, *call()) for each in models]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: out(freeze(each), *call()), models))
+    for ours, theirs in zip(found, expected, strict=True):
+        close(ours, theirs)
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+def test_a_time_without_dimensions_may_lie_on_the_cpu(records):
+    model, inputs = load("pixart").build().eval().to(DEVICE), load("pixart").inputs(torch.float32)
+    inputs = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
+    rows = len(inputs["hidden_states"])
+    expected = out(model, **inputs | {"timestep": torch.full((rows,), 500, device=DEVICE)})
+
+    class Expands(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, timestep, **others):
+            return self.model(timestep=timestep.expand(rows), **others)
+
+    frozen = freeze(Expands().eval())
+    close(tensors(out(frozen, **inputs | {"timestep": torch.tensor(500)}))[0], tensors(expected)[0])
+
+
 def test_an_input_elsewhere(model, records):
     x, t, y = call()
     with pytest.raises(ValueError, match=r"an input of shape \(3,\) is on meta; expected"):
@@ -174,6 +233,8 @@ def test_what_the_model_raises_is_raised_and_nothing_is_kept(model, records):
 @pytest.mark.parametrize(("what", "kind", "message"), [
     (lambda frozen: frozen.train(), RuntimeError, "cannot be trained"),
     (lambda frozen: frozen.half(), RuntimeError, "stays torch.float32"),
+    (lambda frozen: frozen.requires_grad_(), RuntimeError, "has no gradients"),
+    (lambda frozen: frozen.load_state_dict(tiny_model(1).state_dict()), RuntimeError, "loads no weights"),
     (pickle.dumps, TypeError, "copy or pickle the model it was made from")])
 def test_what_it_cannot_do(model, what, kind, message):
     frozen = freeze(model)

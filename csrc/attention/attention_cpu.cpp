@@ -2,6 +2,8 @@
 //
 // Per (sample, key head): K is packed into panels [Sk/kPanel][D][kPanel], V into float32 rows. Per block of kRows
 // queries an online softmax walks over blocks of kKeys keys; scores, weights and the partial output stay in the caches.
+// Where the CPU multiplies bfloat16, such operands stay so: K in panels [Sk/kPanel][D/2][kPanel] of pairs along D, V in
+// rows of pairs along the keys, the weights rounded; scores, softmax and sums are float32 as ever.
 // exp(x) is 2^(x log2 e). A query's result depends on its own row only and is summed over keys in order, so thread
 // count and batch mates leave its bits alone.
 #include "blocks.h"
@@ -13,17 +15,58 @@ namespace {
 constexpr int64_t kScoreRow = kKeys + 16;
 constexpr float kLowest = -__FLT_MAX__;  // no finite logit is below, and finite: 2^(-inf - kLowest) is 0, not nan
 
-struct Forward {
+#if defined(DIFUSE_BF16_DOTS)
+// Rows of one head as they are, in pairs of bfloat16.
+void copy_rows(int32_t* to, const Shape& shape, const Tensor& t, int64_t b, int64_t s, int64_t h, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * shape.ld, head_row(t, b, s + i, h), shape.D * 2);
+}
+void flip_signs(int32_t* pairs, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) pairs[i] ^= int32_t(0x80008000);
+}
+
+// As pack_panel, of pairs [D/2][kPanel].
+void pack_panel_of_pairs(int32_t* to, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end,
+                         int64_t h) {
+  for (int64_t j = 0; j < kPanel; ++j) {
+    const char* row = begin + j < end ? head_row(t, b, begin + j, h) : nullptr;
+    for (int64_t d = 0; d < shape.D / 2; ++d) {
+      int32_t pair = 0;
+      if (row) std::memcpy(&pair, row + 4 * d, 4);
+      to[d * kPanel + j] = pair;
+    }
+  }
+}
+
+// Rows [begin, end) of one head, begin even, in pairs: (row 0, row 1), (row 2, row 3), ...; a last one with zeros.
+void pair_rows(int32_t* to, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end, int64_t h) {
+  for (int64_t s = begin; s < end; s += 2, to += shape.ld) {
+    const bf16* first = reinterpret_cast<const bf16*>(head_row(t, b, s, h));
+    const bf16* second = s + 1 < end ? reinterpret_cast<const bf16*>(head_row(t, b, s + 1, h)) : nullptr;
+    each_vector(shape.D, [&](int64_t i, int n) {
+      const vu low = (vu)get(first + i, n) >> 16, high = second ? (vu)get(second + i, n) : vu{};
+      store(to + i, (vi)(low | high));
+    });
+  }
+}
+#endif
+
+// dots: q, k and v are bfloat16 and are multiplied as such.
+template <bool dots> struct Forward {
+  using E = std::conditional_t<dots, int32_t, float>;  // of operands: a pair of bfloat16, or a float
+  static constexpr int64_t kIn = dots ? 2 : 1;         // numbers in one
+
   const Shape shape;
   const Tensor &q, &k, &v, &kv_lengths, &key_bias, &out, &stats;
   float scale;
 
-  struct Packed { float *k, *v, *bias; };
-  int64_t packed_floats() const {
-    return round_up(shape.transposed_floats() + shape.row_floats() + shape.bias_floats(), 16);
-  }
+  struct Packed { E *k, *v; float* bias; };
+  int64_t panel() const { return dots ? shape.D / 2 * kPanel : shape.panel_floats(); }
+  int64_t k_size() const { return ceil_div(shape.Sk, kPanel) * panel(); }
+  int64_t v_size() const { return ceil_div(shape.Sk, kIn) * shape.ld; }
+  int64_t packed_floats() const { return round_up(k_size() + v_size() + shape.bias_floats(), 16); }
   Packed packed(float* base) const {
-    return {base, base + shape.transposed_floats(), base + shape.transposed_floats() + shape.row_floats()};
+    E* k = reinterpret_cast<E*>(base);
+    return {k, k + k_size(), base + k_size() + v_size()};
   }
   int64_t work_floats() const { return (2 * kRows + kPanel) * shape.ld + kRows * kScoreRow + 2 * kRows; }
   int64_t query_blocks() const { return ceil_div(shape.Sq, kRows); }
@@ -33,15 +76,19 @@ struct Forward {
     const int64_t b = pair / shape.Hkv, h = pair % shape.Hkv, n = visible_keys(kv_lengths, b, shape.Sk);
     if (end > n) end = n;
     if (begin >= end) return;
-    for (int64_t j = begin; j < end; j += kPanel)
-      pack_panel(to.k + j / kPanel * shape.panel_floats(), work, shape, k, b, j, end, h);
-    load_rows(to.v + begin * shape.ld, shape, v, b, begin, h, end - begin);
+    for (int64_t j = begin; j < end; j += kPanel) {
+      E* to_panel = to.k + j / kPanel * panel();
+      if constexpr (dots) pack_panel_of_pairs(to_panel, shape, k, b, j, end, h);
+      else pack_panel(to_panel, work, shape, k, b, j, end, h);
+    }
+    if constexpr (dots) pair_rows(to.v + begin / 2 * shape.ld, shape, v, b, begin, end, h);
+    else load_rows(to.v + begin * shape.ld, shape, v, b, begin, h, end - begin);
     if (key_bias) load_bias(to.bias, key_bias, b, begin, end);
   }
 
   // Turns a row of scores into weights 2^(logit - largest so far), and brings `largest`, `total` and `o` up to date.
   // With a bias scores become logits first; without, they and `largest` stay bare. Differences are scaled, not what is
-  // subtracted: the largest gets exactly 1 however large it is.
+  // subtracted: the largest gets exactly 1 however large it is. With dots, weights become bfloat16 at the row's start.
   void softmax_row(float* s, int64_t cols, const float* bias, float& largest, float& total, float* o) const {
     const float factor = score_factor(scale, bias);
     const int64_t padded = round_up(cols, VL);
@@ -64,29 +111,45 @@ struct Forward {
     vf sum = {};
     for (int64_t j = 0; j < padded; j += VL) {
       const vf weight = exp2((load(s + j) - largest) * factor);
-      store(s + j, weight);
+      if constexpr (dots) store(reinterpret_cast<bf16*>(s) + j, weight);  // behind what is still to be read
+      else store(s + j, weight);
       sum += weight;
     }
     total += hsum(sum);
+  }
+
+  // As score_block, of pairs.
+  void score_pairs(float* scores, const E* query, int64_t rows, const E* panels, int64_t begin, int64_t cols) const {
+    for (int64_t j = 0; j < cols; j += kPanel)
+      gemm<false>(rows, kPanel / VL, shape.D / 2, {query, shape.ld, 1}, panels + (begin + j) / kPanel * panel(), kPanel,
+                  scores + j, kScoreRow);
   }
 
   // One block of queries of head h against all keys of its pair.
   void queries(const Packed& from, int64_t b, int64_t h, int64_t begin, float* work) const {
     const int64_t n = visible_keys(kv_lengths, b, shape.Sk);
     const int64_t rows = shape.Sq - begin < kRows ? shape.Sq - begin : kRows;
-    float *query = work, *o = query + kRows * shape.ld, *scores = o + kRows * shape.ld;
+    float *o = work + kRows * shape.ld, *scores = o + kRows * shape.ld;
+    E *query = reinterpret_cast<E*>(work), *weights = reinterpret_cast<E*>(scores);
     float *largest = scores + kRows * kScoreRow, *total = largest + kRows;
-    load_rows(query, shape, q, b, begin, h, rows);
-    orient(query, rows * shape.ld, scale);
+    if constexpr (dots) {
+      copy_rows(query, shape, q, b, begin, h, rows);
+      if (scale < 0) flip_signs(query, rows * shape.ld);
+    } else {
+      load_rows(query, shape, q, b, begin, h, rows);
+      orient(query, rows * shape.ld, scale);
+    }
     std::memset(o, 0, kRows * shape.ld * 4);
     for (int64_t i = 0; i < rows; ++i) largest[i] = kLowest, total[i] = 0;
     for (int64_t j = 0; j < n; j += kKeys) {
       const int64_t cols = n - j < kKeys ? n - j : kKeys;
-      score_block(scores, kScoreRow, shape, query, rows, from.k, j, cols);
+      if constexpr (dots) score_pairs(scores, query, rows, from.k, j, cols);
+      else score_block(scores, kScoreRow, shape, query, rows, from.k, j, cols);
       for (int64_t i = 0; i < rows; ++i)
         softmax_row(scores + i * kScoreRow, cols, key_bias ? from.bias + j : nullptr, largest[i], total[i],
                     o + i * shape.ld);
-      gemm<true>(rows, shape.width / VL, cols, {scores, kScoreRow, 1}, from.v + j * shape.ld, shape.ld, o, shape.ld);
+      gemm<true>(rows, shape.width / VL, ceil_div(cols, kIn), {weights, kScoreRow, 1}, from.v + j / kIn * shape.ld,
+                 shape.ld, o, shape.ld);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const float inverse = total[i] == 0 ? 0.f : 1.f / total[i];
@@ -129,7 +192,11 @@ struct Forward {
 
 void attention_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_lengths,
                        const Tensor& key_bias, float scale, const Tensor& out, const Tensor& stats) {
-  Forward{{q, k}, q, k, v, kv_lengths, key_bias, out, stats, scale}.run();
+#if defined(DIFUSE_BF16_DOTS)  // not for training: the backward pass recomputes the scores in float32
+  if (!stats && q.dtype == DType::bf16 && k.dtype == DType::bf16 && v.dtype == DType::bf16)
+    return Forward<true>{{q, k}, q, k, v, kv_lengths, key_bias, out, stats, scale}.run();
+#endif
+  Forward<false>{{q, k}, q, k, v, kv_lengths, key_bias, out, stats, scale}.run();
 }
 
 }  // namespace DIFUSE_ISA

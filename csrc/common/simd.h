@@ -87,6 +87,7 @@ static inline void from_float(float f, f16& out) {
 
 // --- VL elements -----------------------------------------------------------------------------------------------------
 static inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+static inline vi load(const int32_t* p) { vi v; std::memcpy(&v, p, sizeof v); return v; }
 // The intrinsics below do what the generic lines do; GCC 12 needs twice the instructions for the latter.
 static inline vf load(const bf16* p) {
 #if defined(DIFUSE_AVX512)
@@ -113,6 +114,7 @@ static inline vf load(const f16* p) {
 }
 
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof v); }
 static inline vh to_bf16(vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
@@ -164,6 +166,18 @@ template <class T> static inline void store(T* p, vf v, int n) {
   store(part, v);
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
+
+// sum + the products of two pairs of bfloat16, in each lane; a pair is 32 bits, the first of the two in the lower half.
+// DIFUSE_BF16_DOTS: the CPU has an instruction for it, or a test build pretends to.
+#if defined(__AVX512BF16__) && defined(DIFUSE_AVX512)
+#define DIFUSE_BF16_DOTS
+static inline vf dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
+#elif defined(DIFUSE_BF16_DOTS)
+static inline vf dot(vf sum, vi a, vi b) {
+  const vi high = vi{} + int32_t(0xffff0000);
+  return sum + ((vf)(a & high) * (vf)(b & high) + (vf)(a << 16) * (vf)(b << 16));
+}
+#endif
 
 // 2^x. Cephes-style: 2^fraction by a polynomial, times 2^round(x) by adding to its exponent; relative error below 1e-7.
 // x <= -126 gives 0 (so -inf does), x is expected below 127; a nan stays a nan.

@@ -15,7 +15,6 @@ import torch
 from torch.utils._pytree import tree_map
 
 from difuse.inference.around import Around
-from difuse.inference.frozen import Frozen
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,9 @@ def fidelity(model, other, draw):
 def _named(model, args, kwargs):
     """{name: value} of a call's arguments, by the forward of the model's class."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    cls = type(model.model if isinstance(model, Frozen) else model)
+    while isinstance(model, Around):
+        model = model.model
+    cls = type(model)
     bound = inspect.signature(cls.forward).bind(None, *args, **kwargs)
     named = {}
     for name, value in bound.arguments.items():

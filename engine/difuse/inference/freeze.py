@@ -7,7 +7,8 @@
 
 The copy runs our kernels as `accelerate` would have it. On a CPU its products are oneDNN's, on weights that were packed
 once. In the lower precisions those of the blocks are computed in bfloat16 or with 8-bit integers; the residual stream,
-norms, attention, modulations, and what comes before the first block and after the last stay in float32. On a GPU the
+norms, modulations, and what comes before the first block and after the last stay in float32, and so does attention,
+but in the bfloat16 of difuse's and facebookresearch's DiT, where its operands are bfloat16. On a GPU the
 forward is a CUDA graph (recorded.py).
 """
 import copy
@@ -23,9 +24,11 @@ from difuse.inference.hoist import Hoisted, make_hoistable
 from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct, emulates_bfloat16
 from difuse.inference.recorded import Recorded
 from difuse.inference.smoothing import largest_inputs, smoothing
+from difuse.integrations import facebook_dit
 from difuse.integrations.accelerate import accelerate
 from difuse.integrations.registry import adapter_of
 from difuse.models import DiT
+from difuse.models.layers import Attention
 
 NO_BFLOAT16 = ("difuse.freeze: this CPU has no bfloat16 products. Each widens its weights to float32 first: the frozen "
                "model needs half the memory and is no faster than in float32; 'int8' is")
@@ -53,7 +56,8 @@ def freeze(model, precision=None, example_inputs=None):
     precision: of the products in blocks, "fp32" (default), "bf16" or "int8". example_inputs: with "int8" a few real
     calls of the model, each a tuple of arguments or a dict of keyword arguments, whose outlying channels are smoothed
     (SmoothQuant) in every product that they reach; without them nothing is. On a GPU the model stays in its own dtype
-    and the copy reads its weights where they lie; every call is recorded once per shape and replayed.
+    and the copy reads its weights where they lie; every call is recorded once per shape and replayed. On a CPU glibc is
+    led to keep up to 64 MB of freed memory in this process, as it does after any block of 32 MB was freed.
 
     Warns where the CPU has no bfloat16 products. Raises TypeError for what is no module; ValueError for a model in
     train mode, not on one device, on a CPU not in float32, with hooks, LoRA layers or parametrizations on it, without a
@@ -106,6 +110,8 @@ def _pack(model, precision, example_inputs):
     _fuse_gelus(frozen)
     if precision == "int8":
         _hand_on_codes(frozen)
+    elif precision == "bf16":
+        _hand_on_bfloat16(frozen)
     _keep_freed_memory()
     modulations = make_hoistable(frozen)
     return Packed(frozen.requires_grad_(False), weakref.ref(model), packed, modulations)
@@ -123,7 +129,6 @@ class Packed(Frozen):
     def __init__(self, model, source, packed, modulations):
         super().__init__(model, source, (torch.float32, torch.device("cpu")))
         self._packed, self._modulations = packed, modulations
-        model.register_load_state_dict_pre_hook(_refuse_weights)  # here, before a part of them is loaded
 
     @torch.no_grad()
     def forward(self, *args, **kwargs):
@@ -156,10 +161,11 @@ class Packed(Frozen):
             return Hoisted(self, self._modulations, times, labels)
 
     def for_trajectory(self, times, labels):
-        """What samplers call: of difuse's DiT `hoist(times, labels)` where its tables are not too large."""
-        if not isinstance(self.model, DiT) or len(times) * len(labels) > self._modulations.most_pairs(self.model):
-            return self
-        return self.hoist(times, labels)
+        """What samplers call: of difuse's DiT `hoist(times, labels)`, if its tables are not too large."""
+        if (type(self.model).forward is DiT.forward and labels.min() >= 0 and labels.max() <= self.model.num_classes
+                and len(times) * len(labels) <= self._modulations.most_pairs(self.model)):
+            return self.hoist(times, labels)
+        return self  # which names what is wrong with a label
 
     def memory(self):
         """Bytes by kind: "packed" weights and their biases, and the "other" ones."""
@@ -216,10 +222,6 @@ def _check(model):
             raise ValueError(f"freeze: the forward of {path} was replaced by somebody; take that back first")
 
 
-def _refuse_weights(*_):
-    raise RuntimeError("Frozen: it loads no weights; load them into the model it was made from, then refresh()")
-
-
 def _packable(model):
     """{path: nn.Linear} of the products over tokens that own their weight.
 
@@ -246,9 +248,14 @@ def _smoothing(model, linears, calls):
     return {path: smoothing(most, linears[path].weight) for path, most in largest.items()}
 
 
-def _hand_on_codes(model):
-    """Between the two 8-bit products of an MLP nothing need be floats."""
-    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
+def _parents(model):
+    """{id(module): how many modules have it as a child}."""
+    return Counter(id(child) for module in model.modules() for child in module._modules.values())
+
+
+def _mlps_of(model, kind):
+    """(first, second) product of every MLP between whose two, both of `kind`, nothing is left that needs floats."""
+    parents = _parents(model)
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__name__}"
         if name not in _MLPS:
@@ -257,11 +264,30 @@ def _hand_on_codes(model):
         parts = dict(module.named_modules(remove_duplicate=False))
         products = [parts.get(path) for path in (first, second)]
         between = [path for path in between if path in parts]  # older releases of timm have fewer
-        if (all(isinstance(product, Int8Product) for product in products) and parents[id(products[0])] == 1
+        if (all(isinstance(product, kind) for product in products) and parents[id(products[0])] == 1
                 and all(isinstance(parts[path], (nn.Identity, nn.Dropout)) for path in between)):
             for path in between:
                 module.set_submodule(path, nn.Identity())
-            products[0].read_by(products[1])
+            yield products
+
+
+def _hand_on_codes(model):
+    """Between the two 8-bit products of an MLP nothing need be floats."""
+    for first, second in _mlps_of(model, Int8Product):
+        first.read_by(second)
+
+
+def _hand_on_bfloat16(model):
+    """What a product rounded to bfloat16 stays so up to the next one: through an MLP, and through attention."""
+    for first, _ in _mlps_of(model, BFloat16Product):
+        first.hands_on = True
+    parents = _parents(model)
+    for module in model.modules():
+        adapter = adapter_of(vars(module).get("forward"))
+        known = type(module) is Attention or (adapter is not None and adapter.forward is facebook_dit.attention)
+        if (known and isinstance(module.qkv, BFloat16Product) and isinstance(module.proj, BFloat16Product)
+                and parents[id(module.qkv)] == 1):
+            module.qkv.hands_on = True
 
 
 def _fuse_gelus(model):

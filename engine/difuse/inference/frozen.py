@@ -1,6 +1,4 @@
 """What the frozen models of CPUs and of GPUs have in common."""
-from abc import abstractmethod
-
 import torch
 
 from difuse.inference.around import Around
@@ -12,22 +10,16 @@ class Frozen(Around):
     Calls run without gradients and autocast. It cannot be trained, moved, converted, copied or pickled, and is no
     instance of the model's class.
 
-    model: the copy; source: a weak reference to the model it is of; expected: the dtype and device that it stays in.
+    model: the copy; source: a weak reference to the model it is of; expected: the dtype and device that it stays in. A
+    subclass has `_read(source)`, which takes over the weights of the source, and `memory()`, bytes by kind.
     """
 
     def __init__(self, model, source, expected):
         super().__init__()
         self.model, self._source, self._expected, self._refreshed = model, source, expected, 0
         self._structure = structure(source())
+        model.register_load_state_dict_pre_hook(_refuse_weights)  # here, before a part of them is loaded
         super().train(False)
-
-    @abstractmethod
-    def memory(self):
-        """Bytes by kind."""
-
-    @abstractmethod
-    def _read(self, source):
-        """Take over the weights of `source`, which is built like the copy."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -42,8 +34,8 @@ class Frozen(Around):
         if structure(source) != self._structure:
             raise RuntimeError("Frozen: the model that it was made from has other modules, shapes or dtypes by now; "
                                "freeze it anew")
+        self._refreshed += 1  # first: what was made of the old weights is of no use from now on
         self._read(source)
-        self._refreshed += 1
 
     @property
     def refreshed(self):
@@ -62,6 +54,12 @@ class Frozen(Around):
             raise RuntimeError("Frozen: it cannot be trained; train the model it was made from, then call refresh()")
         return self
 
+    def requires_grad_(self, requires_grad=True):
+        """Only `requires_grad_(False)`, which changes nothing: it has no gradients."""
+        if requires_grad:
+            raise RuntimeError("Frozen: it has no gradients; train the model it was made from, then call refresh()")
+        return self
+
     def _apply(self, fn, recurse=True):
         dtype, device = self._expected
         probe = fn(torch.zeros(1, dtype=dtype, device=device))
@@ -73,6 +71,10 @@ class Frozen(Around):
     def __reduce_ex__(self, protocol):
         raise TypeError("Frozen: it is made for this machine; copy or pickle the model it was made from and freeze "
                         "that")
+
+
+def _refuse_weights(*_):
+    raise RuntimeError("Frozen: it loads no weights; load them into the model it was made from, then refresh()")
 
 
 def structure(model):

@@ -7,6 +7,7 @@ A graph holds addresses. Everything that changes between replays, the state, the
 drawn noise, is copied into buffers that stay where they are; the model's weights are read where they lie, so training
 them in place is seen. Images are those of a run without graphs.
 """
+import threading
 from collections import OrderedDict
 
 import torch
@@ -92,18 +93,20 @@ class Captured:
 
 
 _streams = {}  # device -> the stream that steps are recorded on: what libraries keep per stream is kept once
+_recording = threading.Lock()  # the stream and the mode that finds waits are the process's
 
 
 def record(function, device):
     """A function that replays `function`, which reads and writes tensors that stay where they are.
 
-    Raises what `function` raises, and RuntimeError where it waits for the device: a graph cannot hold that.
+    Raises what `function` raises, and RuntimeError where it waits for the device: a graph cannot hold that. Another
+    thread must not wait for a GPU meanwhile, e.g. in .item() or .cpu(): it would get that error.
     """
     if device.type != "cuda":
         raise ValueError(f"Graphs: the state is on {device}; CUDA graphs need a GPU. Sample without graphs there")
     # autocast's cache of rounded weights dies with its block; a graph that had used it would read freed memory
     uncached = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
-    with torch.cuda.device(device), uncached:
+    with _recording, torch.cuda.device(device), uncached:
         if device not in _streams:
             _streams[device] = torch.cuda.Stream()
         stream, before = _streams[device], torch.cuda.current_stream()
@@ -129,7 +132,7 @@ def _run_without_waiting(function):
         raise
     except RuntimeError as error:
         raise RuntimeError(
-            f"Graphs: the step cannot be recorded ({error}). A recorded model must not read values back (.item(), "
-            ".cpu(), a branch on a tensor); sample without graphs") from error
+            f"Graphs: the call cannot be recorded ({error}). A recorded model must not read values back (.item(), "
+            ".cpu(), a branch on a tensor); use it without graphs, difuse.accelerate instead of freeze") from error
     finally:
         torch.cuda.set_sync_debug_mode(mode)

@@ -53,6 +53,10 @@ class Modulations:
     def given(self, model, args, kwargs):
         """t [B] and y [B] of a call of the model."""
         arguments = inspect.signature(type(model).forward).bind(model, *args, **kwargs).arguments
+        missing = [name for name in self.arguments if not isinstance(arguments.get(name), torch.Tensor)]
+        if missing:
+            raise ValueError(f"Hoisted: the call has no tensor {' and no '.join(missing)}; call the frozen model "
+                             "itself")
         return [arguments[name] for name in self.arguments]
 
 
@@ -71,10 +75,11 @@ def make_hoistable(model):
 
 def _looked_up(product, given):
     """What is kept for silu(c) [B,D], if that is what is given: a descendant of a model may make another c."""
-    if getattr(_running, "rows", None) is None:
+    kept = (getattr(_running, "rows", None) or {}).get(product)
+    if kept is None:
         return type(product).forward(product, given)  # [B,N]
-    known, result = _running.rows[product]
-    if not (given - known).abs().max() <= _SAME * known.abs().max():
+    known, result = kept
+    if len(given) and (given - known).abs().max() > _SAME * known.abs().max():
         raise RuntimeError("Hoisted: the model's modulations depend on more than t and y, or otherwise than those of "
                            "DiT do; call the frozen model itself")
     return result
@@ -87,7 +92,7 @@ class Hoisted(Around):
         super().__init__()
         self.model = frozen
         self._modulations, self._refreshed = modulations, frozen.refreshed
-        self._times, self._labels = times.double(), labels
+        self._times, self._labels = times.float(), labels.clone()  # embeddings take times in float32
         t, y = times.repeat_interleave(len(labels)), labels.repeat(len(times))  # [U], [U]
         self._tables, rows = {}, {}  # {product: (silu(c), its result)}, {what computes c: silu(c)}
         for path, embedded in modulations.products.items():
@@ -106,12 +111,13 @@ class Hoisted(Around):
         if self._refreshed != self.model.refreshed:
             raise RuntimeError("Hoisted: the frozen model was refreshed since; hoist anew")
         t, y = self._modulations.given(self.model.model, args, kwargs)
-        index = _find("time", self._times, t.double()) * len(self._labels) + _find("label", self._labels, y)  # [B]
+        index = _find("time", self._times, t.float()) * len(self._labels) + _find("label", self._labels, y)  # [B]
+        outer = getattr(_running, "rows", None)
         _running.rows = {product: (c[index], table[index]) for product, (c, table) in self._tables.items()}
         try:
             return self.model(*args, **kwargs)
         finally:
-            _running.rows = None
+            _running.rows = outer
 
     def memory(self):
         """Bytes by kind, the frozen model's and the "hoisted" tables."""

@@ -23,6 +23,7 @@ class PackedProduct(nn.Module):
     """
 
     bias_dtype = torch.float32
+    takes = (torch.float32,)
 
     def __init__(self, linear):
         super().__init__()
@@ -55,7 +56,7 @@ class PackedProduct(nn.Module):
 
     def forward(self, x):
         """Raises TypeError for another dtype, RuntimeError where a gradient is asked for."""
-        if x.dtype != torch.float32:
+        if x.dtype not in self.takes:
             raise TypeError(f"a frozen model's product got {x.dtype}; expected torch.float32. Convert the inputs with "
                             ".float(), and call it outside of torch.autocast")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -80,12 +81,15 @@ class PackedProduct(nn.Module):
 
 
 class BFloat16Product(PackedProduct):
-    """The same with operands and results rounded to bfloat16: half the memory. What it takes and returns is float32.
+    """The same with operands and results rounded to bfloat16: half the memory. What it returns is float32 all the same.
 
-    A CPU without bfloat16 products multiplies the same values in float32, on weights that it widens at every call.
+    hands_on: its reader rounds what it gets to bfloat16 too, so that it is given bfloat16. A CPU without bfloat16
+    products multiplies the same values in float32, on weights that it widens at every call.
     """
 
     bias_dtype = torch.bfloat16
+    takes = torch.float32, torch.bfloat16
+    hands_on = False
 
     def _packed(self, weight):
         weight = weight.to(torch.bfloat16).contiguous()
@@ -97,9 +101,8 @@ class BFloat16Product(PackedProduct):
 
     def _product(self, x):
         x = x.to(torch.bfloat16)
-        if not emulates_bfloat16():
-            return super()._product(x).float()  # [...,N]
-        return self._activated(products.linear(self, x).float())  # [...,N]
+        y = self._activated(products.linear(self, x)) if emulates_bfloat16() else super()._product(x)
+        return y if self.hands_on else y.float()  # [...,N]
 
 
 class Codes(NamedTuple):

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from difuse.inference import graphs
 from difuse.inference.frozen import Frozen
+from difuse.integrations.parts import must_not_wait
 from difuse_kernels.dispatch import forced_backend
 
 KEPT = 4  # recorded calls: a pipeline's model is called with one or two shapes
@@ -15,9 +16,12 @@ KEPT = 4  # recorded calls: a pipeline's model is called with one or two shapes
 class Recorded(Frozen):
     """A `Frozen` that reads the model's own weights where they lie: training them in place is seen at once.
 
-    A call is recorded anew for other shapes, dtypes, plain arguments or `use_backend`, and where weights have moved; at
-    most 4 are kept, the one used longest ago makes room. Each holds the memory of a forward. Results are copies.
-    Threads take turns; use it from one stream at a time. RuntimeError where the model waits for the device.
+    A call is recorded anew for other shapes, dtypes, plain arguments or `use_backend`, where weights have moved and an
+    attribute was set; at most 4 are kept, the one used longest ago makes room. So give times as tensors, and give a
+    `difuse.Engine`, whose calls have any number of rows, the model itself. Each holds the memory of a forward. After
+    other changes, such as precision switches of torch, call `clear()`. Results are copies. Threads take turns; use it
+    from one stream at a time. Within somebody's own recording it is the model. RuntimeError where the model waits for
+    the device.
     """
 
     def __init__(self, model, source):
@@ -28,17 +32,21 @@ class Recorded(Frozen):
     @torch.no_grad()
     def forward(self, *args, **kwargs):
         """The model's own forward."""
+        _dtype, device = self._expected
         leaves, tree = tree_flatten((args, kwargs))
+        leaves = [leaf.to(device) if isinstance(leaf, torch.Tensor) and leaf.dim() == 0 else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         plain = [None if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves]
-        _dtype, device = self._expected
+        if tensors and must_not_wait(tensors[0]):
+            with torch.autocast(device.type, enabled=False):
+                return self.model(*args, **kwargs)
         for tensor in tensors:
             if tensor.device != device:
                 raise ValueError(f"Frozen: an input of shape {tuple(tensor.shape)} is on {tensor.device}; expected "
                                  f"{device}, where the model is: what is recorded cannot fetch it")
         weights = [(weight.data_ptr(), weight.dtype, weight.stride()) for weight in (
             *self.model.parameters(), *self.model.buffers())]
-        key = (tree, *plain, *((tensor.shape, tensor.dtype) for tensor in tensors), *weights, forced_backend())
+        key = (str(tree), *plain, *((tensor.shape, tensor.dtype) for tensor in tensors), *weights, forced_backend())
         with self._lock:
             call = self._calls.pop(key, None)
             if call is None:
@@ -59,14 +67,23 @@ class Recorded(Frozen):
                 "results": size(tensor for call in calls for tensor in tree_flatten(call.result)[0]
                                 if isinstance(tensor, torch.Tensor))}
 
+    def clear(self):
+        """Forget every recorded call and give its memory back."""
+        with self._lock:
+            self._calls.clear()
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if not name.startswith("_") and "_calls" in vars(self):
+            self.clear()
+
     def _read(self, source):
         """Weights that were replaced, not changed, are looked up again."""
         for path, module in source.named_modules():
             mine = self.model.get_submodule(path)
             mine._parameters.update(module._parameters)
             mine._buffers.update(module._buffers)
-        with self._lock:
-            self._calls.clear()
+        self.clear()
 
 
 class _Call:
