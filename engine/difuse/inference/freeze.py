@@ -12,6 +12,8 @@ but in the bfloat16 of difuse's and facebookresearch's DiT, where its operands a
 forward is a CUDA graph (recorded.py).
 """
 import copy
+import ctypes
+import sys
 import warnings
 import weakref
 from collections import Counter
@@ -128,11 +130,14 @@ class Packed(Frozen):
 
     def __init__(self, model, source, packed, modulations):
         super().__init__(model, source, (torch.float32, torch.device("cpu")))
-        self._packed, self._modulations = packed, modulations
+        self._packed, self._modulations, self._alone = packed, modulations, False
 
     @torch.no_grad()
     def forward(self, *args, **kwargs):
         """The model's own forward."""
+        if not self._alone and self._source() is None:  # the model was let go, perhaps to save memory
+            self._alone = True
+            _return_freed_memory()
         with torch.autocast("cpu", enabled=False):
             return self.model(*args, **kwargs)
 
@@ -195,6 +200,12 @@ def _keep_freed_memory():
     DiT-S/2, unless a block of 32 MB was freed before: from that it learns to keep up to twice as much.
     """
     torch.empty((32 << 20) - 8192, dtype=torch.uint8, device="cpu")
+
+
+def _return_freed_memory():
+    """Let glibc give the system what is free: weights of less than 32 MB each it would keep for good."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _check(model):
