@@ -129,3 +129,15 @@ def test_a_frozen_transformer_takes_the_models_place(name):
     assert psnr(after, before) >= 60 and not torch.equal(after, before)
     pipe.transformer = transformer
     assert torch.equal(images(pipe, arguments), before)
+
+
+def test_a_hoisted_transformer_too():
+    pipe, arguments = dit()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.eval()
+    before, transformer = images(pipe, arguments), pipe.transformer
+    pipe.scheduler.set_timesteps(4)
+    pipe.transformer = difuse.freeze(transformer).hoist(pipe.scheduler.timesteps, [1, 2, 1000])
+    assert psnr(images(pipe, arguments), before) >= 60
+    with pytest.raises(ValueError, match="is none of the 4 that were hoisted"):
+        images(pipe, arguments, steps=5)

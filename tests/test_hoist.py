@@ -182,6 +182,11 @@ def test_no_rows_and_a_call_within_a_call(frozen):
     close(hoisted(*CALL), expected)
 
 
+def test_wrong_shapes_are_refused_by_the_model(frozen):
+    with pytest.raises(ValueError, match=r"t has shape \(\); expected \(3,\)"):
+        frozen.hoist(TIMES, LABELS)(X, torch.tensor(500), CALL[2])
+
+
 def test_its_calls_are_recorded_by_the_models_names(frozen):
     hoisted = frozen.hoist(TIMES, LABELS)
     (arguments,) = difuse.recorded_calls(hoisted, lambda model: model(*CALL))

@@ -126,7 +126,8 @@ class Hoisted(Around):
 
 
 def _find(kind, known, given):
-    """The index [B] of every given value in `known`."""
+    """The index [B] of every given value in `known`; the model itself refuses other shapes than [B]."""
+    given = given.reshape(-1)
     equal = given[:, None] == known  # [B,n]
     if not equal.any(1).all():
         missing = given[~equal.any(1)][0].item()
