@@ -1,7 +1,7 @@
-"""Frozen models against the plain twin, torch.compile of it and, where it is installed, OpenVINO: forward, trajectory.
+"""Frozen models against the plain twin, torch.compile of it and other engines that are installed: forward, trajectory.
 
-OpenVINO converts the plain twin itself; its 8 bits come from NNCF. Both 8-bit models are calibrated on the timed call.
-A trajectory is a user's DDIM loop around a plain model or OpenVINO, and `difuse.sample` around ours.
+8-bit models are calibrated on the timed call, ours and OpenVINO's. A trajectory is a user's DDIM loop around a plain
+model or another engine, and `difuse.sample` around ours.
 """
 import copy
 import math
@@ -9,7 +9,7 @@ import math
 import torch
 
 import difuse
-from benchmarks import bench_model, openvino_rival, rivals
+from benchmarks import bench_model, converted_rivals, rivals
 from benchmarks.bench_model import FORWARD, GUIDANCE, NO_BF16
 from benchmarks.bench_ops import Target, verdict
 from benchmarks.timing import versus
@@ -61,18 +61,21 @@ def rows(family, batch, precisions, ceilings, quick=False, compiles=False, skipp
         plain_calls = {"eager": lambda: plain(*inputs)} | (
             {} if compiled is None else {"compile": lambda: compiled(*inputs)})
         for precision in precisions:
-            frozen = rival = calls = None  # the last ones make room
+            frozen = engines = calls = None  # the last ones make room
             row = {**head, **extra, "case": case, "pass": FORWARD, "dtype": precision, "shape": list(inputs[0].shape)}
             if precision in skipped:
                 found.append(row | {"skipped": skipped[precision]})
                 continue
             frozen = difuse.freeze(model, precision, [inputs] if precision == "int8" else None)
-            rival, why = (None, "a quick run") if quick else openvino_rival.build(plain, inputs, precision)
-            row["openvino"] = why or "measured"
-            calls = {"difuse": lambda frozen=frozen: frozen(*inputs)} | plain_calls
+            engines, row["engines"] = {}, {}
+            for name in converted_rivals.RIVALS:
+                engine, why = (None, "a quick run") if quick else converted_rivals.build(name, plain, inputs, precision)
+                row["engines"][name] = why or "measured"
+                if engine is not None:
+                    engines[name] = engine
+            calls = {"difuse": lambda frozen=frozen: frozen(*inputs)} | plain_calls | {
+                name: lambda engine=engine: engine(*inputs) for name, engine in engines.items()}
             half = in_bfloat16(plain) if precision == "bf16" else plain
-            if rival is not None:
-                calls["openvino"] = lambda rival=rival: rival(*inputs)
             found.append(judged(row, calls, truth, budget(precision, half(*inputs), truth)))
             if "times" not in found[-1]:  # 8 bits of a wrong model prove nothing either
                 break
@@ -81,12 +84,12 @@ def rows(family, batch, precisions, ceilings, quick=False, compiles=False, skipp
             if not trajectory:
                 continue
             row = {**head, "case": f"{len(noise)} images, {STEPS} steps, guidance {GUIDANCE}", "pass": TRAJECTORY,
-                   "dtype": precision, "openvino": why or "measured", "shape": list(noise.shape)}
+                   "dtype": precision, "engines": row["engines"], "shape": list(noise.shape)}
             calls = {"difuse": lambda frozen=frozen: difuse.sample(
                          frozen, labels, process=PROCESS, prediction="eps", steps=STEPS, guidance=GUIDANCE),
-                     "eager": lambda: users_ddim(plain, noise, labels)}
-            if rival is not None:
-                calls["openvino"] = lambda rival=rival: users_ddim(rival, noise, labels, plain.num_classes)
+                     "eager": lambda: users_ddim(plain, noise, labels)} | {
+                name: lambda engine=engine: users_ddim(engine, noise, labels, plain.num_classes)
+                for name, engine in engines.items()}
             found.append(judged(row, calls, image, budget(
                 precision, users_ddim(half, noise, labels, plain.num_classes), image)))
     return found

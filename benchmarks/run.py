@@ -234,8 +234,8 @@ def cells(row):
     remarks = [*map(_target, row["targets"])]
     if max(timing["spread"] for timing in times.values()) > NOISY:
         remarks.append("noisy")
-    if "openvino" in ratios:
-        remarks.append(f"{ratios['openvino']:.2f} x OpenVINO")
+    remarks += [f"{ratios[name]:.2f} x {title}" for name, title in (
+        ("openvino", "OpenVINO"), ("onnxruntime", "ONNX Runtime")) if name in ratios]
     if "errors" in row:
         errors = {name: "-" if error is None else f"{error:.1e}" for name, error in row["errors"].items()}
         remarks.append(f"error {errors.pop('difuse')}; {', '.join(map(' '.join, errors.items()))}")

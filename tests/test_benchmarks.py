@@ -288,11 +288,11 @@ def test_frozen_rows(tiny_cases, monkeypatch):
     monkeypatch.setattr(rivals, "compiled", lambda network: network)
     made = {}
 
-    def built(plain, inputs, precision):  # stands for OpenVINO
-        made[precision] = plain
-        return plain.forward, None
+    def built(name, plain, inputs, precision):  # stands for other engines
+        made[name, precision] = plain
+        return (plain.forward, None) if name == "openvino" else (None, "is not installed")
 
-    monkeypatch.setattr(bench_frozen.openvino_rival, "build", built)
+    monkeypatch.setattr(bench_frozen.converted_rivals, "build", built)
     monkeypatch.setattr(bench_frozen, "TRAJECTORIES", {("DiT-tiny", 2)})
     monkeypatch.setattr(bench_frozen, "WIDE", ("DiT-tiny",))
     monkeypatch.setattr(bench_frozen, "TARGETS", (
@@ -300,10 +300,11 @@ def test_frozen_rows(tiny_cases, monkeypatch):
     found = bench_frozen.rows("DiT-tiny", 2, ["fp32", "int8"], CEILINGS, compiles=True)
     assert [(row["dtype"], row["pass"]) for row in found] == [
         (precision, kind) for precision in ("fp32", "int8") for kind in (bench_ops.FORWARD, bench_frozen.TRAJECTORY)]
-    assert made.keys() == {"fp32", "int8"}
+    assert {precision for _, precision in made} == {"fp32", "int8"} and len(made) == 4
     for row in found:
         forward = row["pass"] == bench_ops.FORWARD
         assert row["gate"]["ok"], row["gate"]
+        assert row["engines"] == {"openvino": "measured", "onnxruntime": "is not installed"}
         assert row["times"].keys() == {"difuse", "eager", "openvino"} | ({"compile"} if forward else set())
         assert row["errors"]["difuse"] > 1e-4 if row["dtype"] == "int8" else row["errors"]["difuse"] < 1e-5
         assert row["errors"]["eager"] < 1e-5 and len(run.cells(row)) == len(run.COLUMNS)
