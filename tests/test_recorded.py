@@ -170,11 +170,17 @@ def test_attributes_and_switches_end_what_is_recorded(model, records):
     assert not frozen._calls and len(records) == 2
 
 
-def test_within_somebodys_recording_it_is_the_model(model, records, monkeypatch):
-    """As in difuse.sample(frozen, ..., graphs=difuse.Graphs())."""
+@pytest.mark.parametrize("whose", ["ours", "torch's"])
+def test_within_another_recording_it_is_the_model(model, records, monkeypatch, whose):
+    """As in difuse.sample(frozen, ..., graphs=difuse.Graphs()): a second turn would never come."""
     frozen = freeze(model)
-    monkeypatch.setattr("difuse.inference.recorded.must_not_wait", lambda tensor: True)
-    assert torch.equal(out(frozen, *call()), out(model, *call()))
+    if whose == "ours":
+        with graphs._turn():
+            found = out(frozen, *call())
+    else:
+        monkeypatch.setattr("difuse.inference.recorded.must_not_wait", lambda tensor: True)
+        found = out(frozen, *call())
+    assert torch.equal(found, out(model, *call())) and not graphs.recording()
     assert not records and not frozen._calls
 
 

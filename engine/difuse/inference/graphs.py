@@ -7,6 +7,7 @@ A graph holds addresses. Everything that changes between replays, the state, the
 drawn noise, is copied into buffers that stay where they are; the model's weights are read where they lie, so training
 them in place is seen. Images are those of a run without graphs.
 """
+import contextlib
 import threading
 from collections import OrderedDict
 
@@ -93,7 +94,23 @@ class Captured:
 
 
 _streams = {}  # device -> the stream that steps are recorded on: what libraries keep per stream is kept once
-_recording = threading.Lock()  # the stream and the mode that finds waits are the process's
+_turns = threading.Lock()  # the stream and the mode that finds waits are the process's
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def _turn():
+    with _turns:
+        _here.recording = True
+        try:
+            yield
+        finally:
+            _here.recording = False
+
+
+def recording():
+    """Whether this thread is in `record`: a call in it is part of a recording already, or warms up for one."""
+    return getattr(_here, "recording", False)
 
 
 def record(function, device):
@@ -106,7 +123,7 @@ def record(function, device):
         raise ValueError(f"Graphs: the state is on {device}; CUDA graphs need a GPU. Sample without graphs there")
     # autocast's cache of rounded weights dies with its block; a graph that had used it would read freed memory
     uncached = torch.autocast("cuda", torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda"), False)
-    with _recording, torch.cuda.device(device), uncached:
+    with _turn(), torch.cuda.device(device), uncached:
         if device not in _streams:
             _streams[device] = torch.cuda.Stream()
         stream, before = _streams[device], torch.cuda.current_stream()

@@ -37,7 +37,7 @@ class Recorded(Frozen):
         leaves = [leaf.to(device) if isinstance(leaf, torch.Tensor) and leaf.dim() == 0 else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         plain = [None if isinstance(leaf, torch.Tensor) else (type(leaf), leaf) for leaf in leaves]
-        if tensors and must_not_wait(tensors[0]):
+        if graphs.recording() or (tensors and must_not_wait(tensors[0])):
             with torch.autocast(device.type, enabled=False):
                 return self.model(*args, **kwargs)
         for tensor in tensors:
