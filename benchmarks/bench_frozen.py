@@ -50,12 +50,11 @@ def rows(family, batch, precisions, ceilings, quick=False, compiles=False, skipp
     model.eval()
     noise, _ = initial_noise(inputs[0].shape[1:], range(len(inputs[0]) // 2 or 1))
     labels, trajectory = inputs[2][: len(noise)], (family, batch) in TRAJECTORIES or quick
-    head = {"group": "frozen", "op": family}
-    found = []
+    head, null, found = {"group": "frozen", "op": family}, model.num_classes, []
     with torch.no_grad():
         plain, exact = rivals.PlainDiT.like(model), rivals.PlainDiT.like(model).double()
         truth = exact(inputs[0].double(), *inputs[1:])
-        image = users_ddim(exact, noise.double(), labels) if trajectory else None
+        image = users_ddim(exact, noise.double(), labels, null) if trajectory else None
         del exact  # of DiT-XL 5 GB
         compiled, extra = bench_model.compile_model(plain, inputs, compiles)
         plain_calls = {"eager": lambda: plain(*inputs)} | (
@@ -75,8 +74,8 @@ def rows(family, batch, precisions, ceilings, quick=False, compiles=False, skipp
                     engines[name] = engine
             calls = {"difuse": lambda frozen=frozen: frozen(*inputs)} | plain_calls | {
                 name: lambda engine=engine: engine(*inputs) for name, engine in engines.items()}
-            half = in_bfloat16(plain) if precision == "bf16" else plain
-            found.append(judged(row, calls, truth, budget(precision, half(*inputs), truth)))
+            half = in_bfloat16(plain) if precision == "bf16" else None
+            found.append(judged(row, calls, truth, half and half(*inputs)))
             if "times" not in found[-1]:  # 8 bits of a wrong model prove nothing either
                 break
             if precision == "fp32":
@@ -87,11 +86,10 @@ def rows(family, batch, precisions, ceilings, quick=False, compiles=False, skipp
                    "dtype": precision, "engines": row["engines"], "shape": list(noise.shape)}
             calls = {"difuse": lambda frozen=frozen: difuse.sample(
                          frozen, labels, process=PROCESS, prediction="eps", steps=STEPS, guidance=GUIDANCE),
-                     "eager": lambda: users_ddim(plain, noise, labels)} | {
-                name: lambda engine=engine: users_ddim(engine, noise, labels, plain.num_classes)
+                     "eager": lambda: users_ddim(plain, noise, labels, null)} | {
+                name: lambda engine=engine: users_ddim(engine, noise, labels, null)
                 for name, engine in engines.items()}
-            found.append(judged(row, calls, image, budget(
-                precision, users_ddim(half, noise, labels, plain.num_classes), image)))
+            found.append(judged(row, calls, image, half and users_ddim(half, noise, labels, null)))
     return found
 
 
@@ -106,17 +104,11 @@ def error(found, truth):
     return ((found.double() - truth).square().mean().sqrt() / truth.square().mean().sqrt()).item()
 
 
-def budget(precision, eager, truth):
-    """Of our error: 1.5 times that of the same precision in eager PyTorch, whose 8 bits are set by hand."""
-    rounding = torch.finfo(torch.bfloat16 if precision == "bf16" else torch.float32).eps
-    return INT8_ERROR if precision == "int8" else FACTOR * error(eager, truth) + rounding
-
-
-def users_ddim(model, x, labels, null=None):
-    """DDIM with guidance around a plain model of eps, as users write it. null: the null class of a bare function."""
+def users_ddim(model, x, labels, null):
+    """DDIM with guidance around a plain model of eps, as users write it. null: the class that stands for none."""
     t = PROCESS.num_steps - 1 - torch.arange(STEPS) * PROCESS.num_steps // STEPS
     alpha, sigma = (values.tolist() for values in PROCESS.alpha_sigma(t))
-    y = torch.cat((labels, torch.full_like(labels, model.num_classes if null is None else null)))
+    y = torch.cat((labels, torch.full_like(labels, null)))
     for i in range(STEPS):
         out = model(torch.cat((x, x)), t[i].expand(len(y)).float(), y)  # [2B,C,H,W]
         eps_cond, eps_null = out.chunk(2)  # each [B,C,H,W]
@@ -126,9 +118,15 @@ def users_ddim(model, x, labels, null=None):
     return x
 
 
-def judged(row, calls, truth, allowed):
-    """The row with every contender's error, the gate on ours and, where that is passed, times and targets."""
+def judged(row, calls, truth, half=None):
+    """The row with every contender's error, the gate on ours and, where that is passed, times and targets.
+
+    half: eager's result in bfloat16, by which a bfloat16 row is judged; eager has no 8 bits, whose bound is set.
+    """
     errors = {name: error(call(), truth) for name, call in calls.items()}
+    least = errors["eager"] if half is None else error(half, truth)
+    rounding = torch.finfo(torch.float32 if half is None else torch.bfloat16).eps
+    allowed = INT8_ERROR if row["dtype"] == "int8" else FACTOR * least + rounding
     row["gate"] = verdict([("out", errors["difuse"], allowed, errors["difuse"] <= allowed)])
     row["errors"] = {name: value if math.isfinite(value) else None for name, value in errors.items()}
     if row["gate"]["ok"]:

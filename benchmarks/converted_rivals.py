@@ -18,7 +18,7 @@ def build(name, plain, inputs, precision):
     """(function of the model's inputs, None), or (None, why there is none)."""
     if (name, precision) == ("onnxruntime", "bf16"):
         return None, "its CPU kernels have no bfloat16"
-    for package in _PACKAGES[name][:None if precision == "int8" or name == "onnxruntime" else 1]:
+    for package in (*_PACKAGES[name], *(("nncf",) if (name, precision) == ("openvino", "int8") else ())):
         if importlib.util.find_spec(package) is None:
             return None, f"{package} is not installed"
     try:
@@ -81,4 +81,4 @@ def onnxruntime(plain, inputs, precision):
 
 
 RIVALS = {"openvino": openvino, "onnxruntime": onnxruntime}
-_PACKAGES = {"openvino": ("openvino", "nncf"), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
+_PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}

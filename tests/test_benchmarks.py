@@ -318,7 +318,7 @@ def test_the_users_ddim_is_difuses():
     with torch.no_grad():
         ours = difuse.sample(model, y, process=bench_frozen.PROCESS, prediction="eps", steps=bench_frozen.STEPS,
                              guidance=bench_frozen.GUIDANCE)
-        assert rivals.difference([bench_frozen.users_ddim(model.eval(), noise, y)], [ours]) < 1e-5
+        assert rivals.difference([bench_frozen.users_ddim(model.eval(), noise, y, model.num_classes)], [ours]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -21,22 +21,6 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 SIZES = dict(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=5)
 
 
-@pytest.fixture
-def records(monkeypatch):
-    """The devices that were recorded on; without a GPU, recording is pretended."""
-    seen, real = [], graphs_module.record
-
-    def record(function, device):
-        seen.append(device)
-        if HAS_GPU:
-            return real(function, device)
-        function()  # as the warm-up does; a graph under capture runs nothing
-        return function
-
-    monkeypatch.setattr(graphs_module, "record", record)
-    return seen
-
-
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)

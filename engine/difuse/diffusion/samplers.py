@@ -4,7 +4,8 @@
             graphs=None)
 
 model       called as model(x [B,C,H,W], t [B], labels [B]), or model(x, t) without labels; returns the prediction
-            [B,C,H,W], or [B,2C,H,W] with a learned sigma, which the samplers do not use
+            [B,C,H,W], or [B,2C,H,W] with a learned sigma, which the samplers do not use. A frozen model, whose class
+            has for_trajectory(times, labels), is asked once for the model to call
 noise       float32 [B,C,H,W], the state at the noisy end, as `initial_noise` draws it; it is not written to
 steps       number of model calls
 prediction  what the model predicts: "eps", "x0", "v" or "flow"
