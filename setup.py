@@ -25,7 +25,8 @@ ISAS = {  # namespace -> flags, oldest first
     "v2": "-march=x86-64-v2",
     "v3": "-march=x86-64-v3",
     "v4": "-march=x86-64-v4 -mprefer-vector-width=512",
-    "v4_bf16": "-march=x86-64-v4 -mavx512bf16 -mprefer-vector-width=512",
+    "v4_vnni": "-march=x86-64-v4 -mavx512vnni -mprefer-vector-width=512",
+    "v4_bf16": "-march=x86-64-v4 -mavx512vnni -mavx512bf16 -mprefer-vector-width=512",
 } if X86 else {"native_isa": ""}
 # no -ffast-math: NaN and infinity keep their meaning. OpenMP is compiled in but not linked: see native.py
 FLAGS = ("-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "

@@ -38,7 +38,9 @@ bool cpu_supports(const std::string& isa) {
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
   if (isa == "v4") return v4;
-  return isa == "v4_bf16" && v4 && __builtin_cpu_supports("avx512bf16");
+  const bool vnni = v4 && __builtin_cpu_supports("avx512vnni");
+  if (isa == "v4_vnni") return vnni;
+  return isa == "v4_bf16" && vnni && __builtin_cpu_supports("avx512bf16");
 #else
   return isa == "native_isa";
 #endif

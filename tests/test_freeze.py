@@ -78,8 +78,9 @@ def size(model):
 def test_no_weight_is_shared_and_every_product_over_tokens_is_packed(model):
     frozen, expected = difuse.freeze(model), out(model, *CALL)
     packed = [name for name, module in frozen.model.named_modules() if isinstance(module, PackedProduct)]
-    assert packed == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2",
-                      "final_layer.linear"]
+    assert packed == ["blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1",
+                      "blocks.0.mlp.fc2", "blocks.0.adaLN_modulation.1", "final_layer.linear",
+                      "final_layer.adaLN_modulation.1"]
     for name in packed:
         assert torch.equal(frozen.get_submodule(name).weight, model.get_submodule(name).weight)
     memory = frozen.memory()

@@ -10,10 +10,10 @@ from torch import nn
 import difuse
 from difuse.diffusion import VP
 from difuse.inference import freeze as freeze_module
-from difuse.inference import packed
-from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct
+from difuse.inference.packed import PackedProduct
 from difuse.inference.smoothing import largest_inputs, smoothing
-from difuse_kernels import native
+from difuse_kernels import Codes, native
+from difuse_kernels.linear.linear import layout
 from tests.test_freeze import CALL, error, out, state, unchanged
 from tests.tiny_training import tiny_model
 
@@ -22,8 +22,7 @@ from benchmarks.families import NAMES, load  # noqa: E402  needs diffusers
 from benchmarks.families.proofs import Truth, cast, tensors  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:difuse.freeze")
-KINDS = {"bf16": BFloat16Product, "int8": Int8Product}
-each_precision = pytest.mark.parametrize("precision", KINDS)
+each_precision = pytest.mark.parametrize("precision", ["bf16", "int8"])
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ class Integers(nn.Linear):
         x, weight = x.double(), self.weight.double()
         steps = x.abs().amax(-1, keepdim=True) / 127
         rounded = (x / steps.clamp_min(1e-30)).round() * steps
-        scale = weight.abs().amax(1, keepdim=True) / packed.largest_weight()
+        scale = weight.abs().amax(1, keepdim=True) / layout()[2]
         y = rounded @ ((weight / scale).round() * scale).T
         return (y if self.bias is None else y + self.bias.double()).float()
 
@@ -51,14 +50,17 @@ class Halves(nn.Linear):
         return F.linear(x, weight, bias).bfloat16().float()
 
 
-def imitation(model, precision, frozen):
-    """The unmodified model with its products computed in plain PyTorch as `precision` says."""
+KINDS = {"bf16": Halves, "int8": Integers}
+
+
+def imitation(model, frozen):
+    """The unmodified model with its products computed in plain PyTorch as the frozen one's precisions say."""
     found = copy.deepcopy(model)
     for path, module in frozen.model.named_modules(remove_duplicate=False):
-        if type(module) is KINDS[precision]:
+        if isinstance(module, PackedProduct) and module.precision in KINDS:
             if path.endswith("net.0"):  # a GELU's projection
                 path += ".proj"
-            found.get_submodule(path).__class__ = Integers if precision == "int8" else Halves
+            found.get_submodule(path).__class__ = KINDS[module.precision]
     return found
 
 
@@ -73,7 +75,7 @@ def test_every_family_is_as_near_as_its_arithmetic_allows(name, precision):
     with Truth():
         truth = tensors(copy.deepcopy(eager).double()(**cast(inputs, torch.float64, grad=True)))[0].detach()
     found = out(frozen, **inputs)
-    allowed = error(out(imitation(eager, precision, frozen), **inputs), truth)
+    allowed = error(out(imitation(eager, frozen), **inputs), truth)
     assert found.dtype == torch.float32 and 1e-4 < allowed < 0.2
     assert error(found, truth) <= 1.5 * allowed
     assert unchanged(eager, before)
@@ -82,34 +84,43 @@ def test_every_family_is_as_near_as_its_arithmetic_allows(name, precision):
 def test_integers_are_computed_as_they_are_written(model):
     """One product after another; what differs is a code that rounds to the other side of a half."""
     frozen = difuse.freeze(model, "int8")
-    plain, found = out(imitation(model, "int8", frozen), *CALL), out(frozen, *CALL)
+    frozen.blocks[0].attn.qkv.out_dtype = torch.float32  # attention's bfloat16 would hide it
+    plain, found = out(imitation(model, frozen), *CALL), out(frozen, *CALL)
     assert error(found, plain) < 0.3 * error(found, out(model, *CALL))
 
 
 @each_precision
-def test_products_of_blocks_alone_are_lower(model, precision):
+def test_products_of_blocks_are_lower_and_modulations_bfloat16(model, precision):
     frozen = difuse.freeze(model, precision)
-    kinds = {path: type(module) for path, module in frozen.model.named_modules() if isinstance(module, PackedProduct)}
-    lower, inner = KINDS[precision], ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    assert kinds == {f"blocks.0.{name}": lower for name in inner} | {"final_layer.linear": PackedProduct}
-    assert type(frozen.blocks[0].adaLN_modulation[1]) is nn.Linear and type(frozen.x_embedder.proj) is nn.Linear
+    found = {path: module.precision for path, module in frozen.model.named_modules()
+             if isinstance(module, PackedProduct)}
+    inner = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert found == {f"blocks.0.{name}": precision for name in inner} | {
+        "final_layer.linear": "fp32", "blocks.0.adaLN_modulation.1": "bf16",
+        "final_layer.adaLN_modulation.1": "bf16"}
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux"])
-def test_modulations_and_ends_of_diffusers_models_stay(name):
+def test_modulations_and_ends_of_diffusers_models(name):
     frozen = difuse.freeze(load(name).build().eval(), "int8")
-    lower = [path for path, module in frozen.model.named_modules() if isinstance(module, Int8Product)]
+    found = {path: module.precision for path, module in frozen.model.named_modules()
+             if isinstance(module, PackedProduct)}
+    lower = [path for path, precision in found.items() if precision == "int8"]
     assert lower and all(path.split(".")[0].endswith("transformer_blocks") for path in lower)
     assert not any("norm" in path or "emb" in path for path in lower)
+    assert all("norm" in path for path, precision in found.items() if precision == "bf16")
 
 
 @each_precision
 def test_memory(model, precision):
+    """2 or 1 bytes a number instead of 4, and two numbers a row with 8 bits; widths here are whole vectors."""
     whole, lower = difuse.freeze(model).memory(), difuse.freeze(model, precision).memory()
-    products = [module for part in (model.blocks[0].attn, model.blocks[0].mlp) for module in part.modules()
-                if type(module) is nn.Linear]
-    weights, biases = sum(p.weight.numel() for p in products), sum(p.bias.numel() for p in products)
-    saved = 2 * (weights + biases) if precision == "bf16" else 3 * weights - 8 * biases  # two numbers a row
+    block, packed = model.blocks[0], ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    products = [block.get_submodule(path) for path in packed]
+    modulations = [block.adaLN_modulation[1].weight, model.final_layer.adaLN_modulation[1].weight]
+    saved = 2 * sum(weight.numel() for weight in modulations)
+    saved += sum(2 * p.weight.numel() if precision == "bf16" else 3 * p.weight.numel() - 8 * p.bias.numel()
+                 for p in products)
     assert lower == {"other": whole["other"], "packed": whole["packed"] - saved}
 
 
@@ -120,7 +131,7 @@ def test_codes_go_from_one_product_of_an_mlp_to_the_next(model):
     mlp, given = frozen.blocks[0].mlp, []
     mlp.fc2.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     found = out(frozen, *CALL)
-    assert isinstance(given[0], packed.Codes) and given[0].codes.dtype == torch.uint8
+    assert isinstance(given[0], Codes) and given[0].codes.dtype == torch.uint8
     mlp.fc1.read_by(None)
     assert error(out(frozen, *CALL), found) < 1e-3
 
@@ -133,18 +144,6 @@ def test_codes_are_handed_on_only_where_nothing_lies_between(between):
     reader = frozen.transformer_blocks[0].ff.net[0].reader
     assert (reader is frozen.transformer_blocks[0].ff.net[2]) == isinstance(between, nn.Identity)
     assert error(out(frozen, **inputs), out(model, **inputs)) < 0.1
-
-
-def test_the_largest_weight_code_is_exact_here():
-    """Whatever it is: the worst inputs give the exact sums."""
-    largest, K = packed.largest_weight(), 4608
-    assert largest in (64, 127)
-    for code, sign in ((255, 1), (255, -1), (1, 1)):
-        weight = torch.full((32, K), sign * largest, dtype=torch.int8)
-        sums = packed.integer_product(torch.full((3, K), code, dtype=torch.uint8),
-                                      torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(32),
-                                      torch.zeros(32, dtype=torch.int32), packed.ZERO)
-        assert (sums == (code - packed.ZERO) * sign * largest * K).all()
 
 
 def outlying(model):
@@ -166,7 +165,8 @@ def test_smoothing_helps_where_channels_outlie(model):
     qkv = smooth.blocks[0].attn.qkv
     assert error(qkv.weight, model.blocks[0].attn.qkv.weight) < 0.05
     assert smooth.memory()["packed"] - plain.memory()["packed"] == 4 * sum(
-        product.in_features for product in smooth.modules() if isinstance(product, Int8Product))
+        product.in_features for product in smooth.modules()
+        if isinstance(product, PackedProduct) and product.precision == "int8")
 
 
 def test_smoothing_is_the_papers_with_a_floor():
@@ -180,7 +180,7 @@ def test_a_channel_that_was_quiet_in_the_examples_may_wake():
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 48), torch.randn(5, 64)
     largest = x.abs().amax(0).index_fill(0, torch.tensor([7, 8]), 1e-7)
-    product = Int8Product(linear, smoothing(largest, linear.weight.detach()))
+    product = PackedProduct(linear, "int8", smoothing(largest, linear.weight.detach()))
     with torch.no_grad():
         assert error(product(x), linear(x)) < 0.1
 
@@ -191,7 +191,7 @@ def test_products_of_any_rank_and_of_no_rows(shape, precision):
     torch.manual_seed(0)
     linear, x = nn.Linear(40, 24), torch.randn(shape)
     with torch.no_grad():
-        found, expected = KINDS[precision](linear)(x), linear(x)
+        found, expected = PackedProduct(linear, precision)(x), linear(x)
     assert found.shape == expected.shape and found.dtype == torch.float32
     assert not len(x.flatten()) or error(found, expected) < 0.05
 
@@ -222,8 +222,9 @@ def test_what_passes_between_blocks_is_float32(name):
                 t.dtype for t in (*tensors(inputs), *tensors(result)) if t.is_floating_point()))
     out(frozen, **load(name).inputs(torch.float32))
     assert seen == {torch.float32}
-    lower = [path for path, module in frozen.model.named_modules() if isinstance(module, BFloat16Product)]
-    assert lower and not any(word in path for path in lower for word in ("emb", "_mod", "adaLN", "caption", "norm"))
+    lower = [path for path, module in frozen.model.named_modules()
+             if isinstance(module, PackedProduct) and module.precision == "bf16"]
+    assert lower and not any(word in path for path in lower for word in ("emb", "caption"))
 
 
 @pytest.mark.filterwarnings("ignore:difuse.freeze")
@@ -235,7 +236,7 @@ def test_bfloat16_is_handed_on_where_the_reader_would_round(name, model):
         model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
     frozen = difuse.freeze(model, "bf16")
     handing = [(path, module) for path, module in frozen.model.named_modules()
-               if isinstance(module, BFloat16Product) and module.hands_on]
+               if isinstance(module, PackedProduct) and module.out_dtype == torch.bfloat16]
     blocks = sum(path.count(".") == 1 for path, _ in frozen.model.named_modules() if "blocks" in path)
     assert len(handing) == blocks * (2 if name == "tiny" else 1)  # an MLP, an attention, or both
     found, dtypes = out(frozen, **inputs), set()
@@ -244,7 +245,7 @@ def test_bfloat16_is_handed_on_where_the_reader_would_round(name, model):
     out(frozen, **inputs)
     assert dtypes == {torch.bfloat16}
     for _, module in handing:
-        module.hands_on = False
+        module.out_dtype = torch.float32
     expected = out(frozen, **inputs)
     assert found.dtype == expected.dtype == torch.float32
     assert torch.equal(found, expected) or (native.ext and native.ext.isa() == "v4_bf16")  # rounds weights as well
@@ -356,11 +357,11 @@ def test_a_row_of_nans_stays_alone(model):
 
 
 def test_a_cpu_that_emulates_bfloat16_is_told(model, monkeypatch):
-    monkeypatch.setattr(freeze_module, "emulates_bfloat16", lambda: True)
+    monkeypatch.setattr(freeze_module, "multiplies_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match="no bfloat16 products.*no faster than in float32; 'int8' is") as told:
         difuse.freeze(model, "bf16")
     assert told[0].filename == __file__
-    monkeypatch.setattr(freeze_module, "emulates_bfloat16", lambda: False)
+    monkeypatch.setattr(freeze_module, "multiplies_bfloat16", lambda: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         difuse.freeze(model, "bf16")

@@ -35,18 +35,18 @@ struct Backward {
   }
   int64_t score_row(int64_t keys) const { return round_up(keys, kKeys) + 16; }
   int64_t work_floats(int64_t keys) const {
-    return round_up((3 * kRows + kPanel) * shape.ld + 2 * kRows * score_row(keys) + kRows, 16);
+    return round_up(3 * kRows * shape.ld + 2 * kRows * score_row(keys) + kRows, 16);
   }
   int64_t visible(int64_t pair) const { return visible_keys(kv_lengths, pair / shape.Hkv, shape.Sk); }
 
   // Keys [begin, end) of a pair, begin on a panel's edge.
-  void pack(const Packed& to, int64_t pair, int64_t begin, int64_t end, float* work) const {
+  void pack(const Packed& to, int64_t pair, int64_t begin, int64_t end) const {
     const int64_t b = pair / shape.Hkv, h = pair % shape.Hkv, n = visible(pair);
     if (end > n) end = n;
     if (begin >= end) return;
     for (int64_t j = begin; j < end; j += kPanel) {
-      pack_panel(to.k_panels + j / kPanel * shape.panel_floats(), work, shape, k, b, j, end, h);
-      pack_panel(to.v_panels + j / kPanel * shape.panel_floats(), work, shape, v, b, j, end, h);
+      pack_panel(to.k_panels + j / kPanel * shape.panel_floats(), shape, k, b, j, end, h);
+      pack_panel(to.v_panels + j / kPanel * shape.panel_floats(), shape, v, b, j, end, h);
     }
     load_rows(to.k_rows + begin * shape.ld, shape, k, b, begin, h, end - begin);
     if (key_bias) load_bias(to.bias, key_bias, b, begin, end);
@@ -86,11 +86,11 @@ struct Backward {
         for (int64_t c = i * ld_scores; c < i * ld_scores + cols; c += VL)
           store(ds + c, load(p + c) * (load(ds + c) - row_sums[i]));
       if (to) {
-        if (dv) gemm<true>(cols, vectors, rows, {p, 1, ld_scores}, grad, ld, to->dv + at * ld, ld);
-        if (dk) gemm<true>(cols, vectors, rows, {ds, 1, ld_scores}, query, ld, to->dk + at * ld, ld);
+        if (dv) gemm<Floats, true>(cols, vectors, rows, {p, 1, ld_scores}, grad, ld, to->dv + at * ld, ld);
+        if (dk) gemm<Floats, true>(cols, vectors, rows, {ds, 1, ld_scores}, query, ld, to->dk + at * ld, ld);
         if (dbias) add_columns(to->dbias + at, ds, ld_scores, rows, cols);
       }
-      if (whole && dq) gemm<true>(rows, vectors, cols, {ds, ld_scores, 1}, from.k_rows + j * ld, ld, query_grad, ld);
+      if (whole && dq) gemm<Floats, true>(rows, vectors, cols, {ds, ld_scores, 1}, from.k_rows + j * ld, ld, query_grad, ld);
     }
     if (!whole || !dq) return;
     for (int64_t i = 0; i < rows; ++i) store_scaled(dq, b, begin + i, h, query_grad + i * ld, scale);
@@ -142,7 +142,7 @@ struct Backward {
         const Sums total = sums(scratch + sums_at, Sk);
         float* work = scratch + work_at;
         std::memset(scratch + sums_at, 0, sums_floats(Sk) * 4);
-        pack(keys, pair, 0, Sk, work);
+        pack(keys, pair, 0, Sk);
         for (int64_t i = 0; i < group * blocks; ++i)
           queries(keys, pair / shape.Hkv, pair % shape.Hkv * group + i / blocks, i % blocks * kRows, 0, visible(pair),
                   &total, true, row_sums.data, work);
@@ -153,7 +153,7 @@ struct Backward {
       const auto keys_of = [&](int64_t pair) { return packed(all.data + pair * packed_floats()); };
       const int64_t key_blocks = ceil_div(Sk, kKeys);
       each_task(pairs * key_blocks, flops, work_floats(0), [&](int64_t i, float* work) {
-        pack(keys_of(i / key_blocks), i / key_blocks, i % key_blocks * kKeys, i % key_blocks * kKeys + kKeys, work);
+        pack(keys_of(i / key_blocks), i / key_blocks, i % key_blocks * kKeys, i % key_blocks * kKeys + kKeys);
       });
       each_task(shape.B * shape.H * blocks, flops, work_floats(Sk), [&](int64_t i, float* work) {
         const int64_t b = i / blocks / shape.H, h = i / blocks % shape.H, pair = b * shape.Hkv + h / group;

@@ -24,19 +24,6 @@ void flip_signs(int32_t* pairs, int64_t n) {
   for (int64_t i = 0; i < n; ++i) pairs[i] ^= int32_t(0x80008000);
 }
 
-// As pack_panel, of pairs [D/2][kPanel].
-void pack_panel_of_pairs(int32_t* to, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end,
-                         int64_t h) {
-  for (int64_t j = 0; j < kPanel; ++j) {
-    const char* row = begin + j < end ? head_row(t, b, begin + j, h) : nullptr;
-    for (int64_t d = 0; d < shape.D / 2; ++d) {
-      int32_t pair = 0;
-      if (row) std::memcpy(&pair, row + 4 * d, 4);
-      to[d * kPanel + j] = pair;
-    }
-  }
-}
-
 // Rows [begin, end) of one head, begin even, in pairs: (row 0, row 1), (row 2, row 3), ...; a last one with zeros.
 void pair_rows(int32_t* to, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end, int64_t h) {
   for (int64_t s = begin; s < end; s += 2, to += shape.ld) {
@@ -52,8 +39,8 @@ void pair_rows(int32_t* to, const Shape& shape, const Tensor& t, int64_t b, int6
 
 // dots: q, k and v are bfloat16 and are multiplied as such.
 template <bool dots> struct Forward {
-  using E = std::conditional_t<dots, int32_t, float>;  // of operands: a pair of bfloat16, or a float
-  static constexpr int64_t kIn = dots ? 2 : 1;         // numbers in one
+  using Kind = std::conditional_t<dots, Pairs, Floats>;
+  using E = typename Kind::E;
 
   const Shape shape;
   const Tensor &q, &k, &v, &kv_lengths, &key_bias, &out, &stats;
@@ -62,71 +49,93 @@ template <bool dots> struct Forward {
   struct Packed { E *k, *v; float* bias; };
   int64_t panel() const { return dots ? shape.D / 2 * kPanel : shape.panel_floats(); }
   int64_t k_size() const { return ceil_div(shape.Sk, kPanel) * panel(); }
-  int64_t v_size() const { return ceil_div(shape.Sk, kIn) * shape.ld; }
+  int64_t v_size() const { return ceil_div(shape.Sk, Kind::N) * shape.ld; }
   int64_t packed_floats() const { return round_up(k_size() + v_size() + shape.bias_floats(), 16); }
   Packed packed(float* base) const {
     E* k = reinterpret_cast<E*>(base);
     return {k, k + k_size(), base + k_size() + v_size()};
   }
-  int64_t work_floats() const { return (2 * kRows + kPanel) * shape.ld + kRows * kScoreRow + 2 * kRows; }
+  int64_t work_floats() const { return 2 * kRows * shape.ld + kRows * kScoreRow + 2 * kRows; }
   int64_t query_blocks() const { return ceil_div(shape.Sq, kRows); }
 
   // Keys [begin, end) of a pair, begin on a panel's edge.
-  void pack(const Packed& to, int64_t pair, int64_t begin, int64_t end, float* work) const {
+  void pack(const Packed& to, int64_t pair, int64_t begin, int64_t end) const {
     const int64_t b = pair / shape.Hkv, h = pair % shape.Hkv, n = visible_keys(kv_lengths, b, shape.Sk);
     if (end > n) end = n;
     if (begin >= end) return;
     for (int64_t j = begin; j < end; j += kPanel) {
       E* to_panel = to.k + j / kPanel * panel();
-      if constexpr (dots) pack_panel_of_pairs(to_panel, shape, k, b, j, end, h);
-      else pack_panel(to_panel, work, shape, k, b, j, end, h);
+      if constexpr (dots) pack_panel<int32_t>(to_panel, shape, k, b, j, end, h, shape.D / 2);
+      else pack_panel(to_panel, shape, k, b, j, end, h);
     }
     if constexpr (dots) pair_rows(to.v + begin / 2 * shape.ld, shape, v, b, begin, end, h);
     else load_rows(to.v + begin * shape.ld, shape, v, b, begin, h, end - begin);
     if (key_bias) load_bias(to.bias, key_bias, b, begin, end);
   }
 
-  // Turns a row of scores into weights 2^(logit - largest so far), and brings `largest`, `total` and `o` up to date.
-  // With a bias scores become logits first; without, they and `largest` stay bare. Differences are scaled, not what is
-  // subtracted: the largest gets exactly 1 however large it is. With dots, weights become bfloat16 at the row's start.
-  void softmax_row(float* s, int64_t cols, const float* bias, float& largest, float& total, float* o) const {
-    const float factor = score_factor(scale, bias);
-    const int64_t padded = round_up(cols, VL);
+  // The largest logit of a row of scores. With a bias scores become logits first; without, they stay bare.
+  float largest_of_row(float* s, int64_t cols, const float* bias) const {
     hide_tail(s, cols, bias);
     vf best = splat(-kInfinity);
-    for (int64_t j = 0; j < padded; j += VL) {
+    for (int64_t j = 0; j < cols; j += VL) {
       vf score = load(s + j);
       if (bias) store(s + j, score = score * std::fabs(scale) + load(bias + j));
       best = vmax(best, score);
     }
-    const float block_best = hmax(best);
-    if (block_best > largest) {
-      if (total != 0) {
-        const float shrink = exp2(splat((largest - block_best) * factor))[0];
-        total *= shrink;
-        for (int64_t d = 0; d < shape.width; d += VL) store(o + d, load(o + d) * shrink);
-      }
-      largest = block_best;
-    }
+    return hmax(best);
+  }
+
+  // Turns a row of logits into weights 2^(logit - largest), whose sum is returned. Differences are scaled, not what is
+  // subtracted: the largest gets exactly 1 however large it is. With dots, weights become bfloat16 at the row's start.
+  float weights_of_row(float* s, int64_t cols, float largest, float factor) const {
     vf sum = {};
-    for (int64_t j = 0; j < padded; j += VL) {
+    for (int64_t j = 0; j < cols; j += VL) {
       const vf weight = exp2((load(s + j) - largest) * factor);
       if constexpr (dots) store(reinterpret_cast<bf16*>(s) + j, weight);  // behind what is still to be read
       else store(s + j, weight);
       sum += weight;
     }
-    total += hsum(sum);
+    return hsum(sum);
+  }
+
+  // Scores of a block of keys become weights; the rows of `o` and `total` so far are brought to the new `largest`.
+  // A pass for the maxima and one for the weights: rows do not wait for each other's reductions.
+  void softmax(float* scores, int64_t rows, int64_t cols, const float* bias, float* largest, float* total,
+               float* o) const {
+    const float factor = score_factor(scale, bias);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float best = largest_of_row(scores + i * kScoreRow, cols, bias);
+      if (best <= largest[i]) continue;
+      if (total[i] != 0) {
+        const float shrink = exp2(splat((largest[i] - best) * factor))[0];
+        total[i] *= shrink;
+        float* row = o + i * shape.ld;
+        for (int64_t d = 0; d < shape.width; d += VL) store(row + d, load(row + d) * shrink);
+      }
+      largest[i] = best;
+    }
+    for (int64_t i = 0; i < rows; ++i) total[i] += weights_of_row(scores + i * kScoreRow, cols, largest[i], factor);
   }
 
   // As score_block, of pairs.
   void score_pairs(float* scores, const E* query, int64_t rows, const E* panels, int64_t begin, int64_t cols) const {
     for (int64_t j = 0; j < cols; j += kPanel)
-      gemm<false>(rows, kPanel / VL, shape.D / 2, {query, shape.ld, 1}, panels + (begin + j) / kPanel * panel(), kPanel,
+      gemm<Kind, false>(rows, kPanel / VL, shape.D / 2, {query, shape.ld, 1}, panels + (begin + j) / kPanel * panel(), kPanel,
                   scores + j, kScoreRow);
   }
 
-  // One block of queries of head h against all keys of its pair.
-  void queries(const Packed& from, int64_t b, int64_t h, int64_t begin, float* work) const {
+  // Asks for rows of another pair: of its `number`-th query head's and, once, of its keys.
+  void fetch(int64_t pair, int64_t number, int64_t begin, int64_t rows) const {
+    const int64_t b = pair / shape.Hkv, h = pair % shape.Hkv;
+    prefetch_rows<false, false>(shape, q, b, begin, h * shape.group() + number, rows);
+    if (number) return;
+    prefetch_rows<false, false>(shape, k, b, begin, h, rows);
+    prefetch_rows<false, false>(shape, v, b, begin, h, rows);
+  }
+
+  // One block of queries of head h against all keys of its pair. next: the pair that this thread will probably read
+  // after this one, or -1.
+  void queries(const Packed& from, int64_t b, int64_t h, int64_t begin, int64_t next, float* work) const {
     const int64_t n = visible_keys(kv_lengths, b, shape.Sk);
     const int64_t rows = shape.Sq - begin < kRows ? shape.Sq - begin : kRows;
     float *o = work + kRows * shape.ld, *scores = o + kRows * shape.ld;
@@ -145,10 +154,9 @@ template <bool dots> struct Forward {
       const int64_t cols = n - j < kKeys ? n - j : kKeys;
       if constexpr (dots) score_pairs(scores, query, rows, from.k, j, cols);
       else score_block(scores, kScoreRow, shape, query, rows, from.k, j, cols);
-      for (int64_t i = 0; i < rows; ++i)
-        softmax_row(scores + i * kScoreRow, cols, key_bias ? from.bias + j : nullptr, largest[i], total[i],
-                    o + i * shape.ld);
-      gemm<true>(rows, shape.width / VL, ceil_div(cols, kIn), {weights, kScoreRow, 1}, from.v + j / kIn * shape.ld,
+      if (j == 0 && next >= 0) fetch(next, h % shape.group(), begin, rows);
+      softmax(scores, rows, cols, key_bias ? from.bias + j : nullptr, largest, total, o);
+      gemm<Kind, true>(rows, shape.width / VL, ceil_div(cols, Kind::N), {weights, kScoreRow, 1}, from.v + j / Kind::N * shape.ld,
                  shape.ld, o, shape.ld);
     }
     for (int64_t i = 0; i < rows; ++i) {
@@ -169,9 +177,11 @@ template <bool dots> struct Forward {
       each_task(pairs, flops, packed_floats() + work_floats(), [&](int64_t pair, float* scratch) {
         const Packed keys = packed(scratch);
         float* work = scratch + packed_floats();
-        pack(keys, pair, 0, shape.Sk, work);
+        pack(keys, pair, 0, shape.Sk);
+        const int64_t next = pair + omp_get_num_threads();
         for (int64_t i = 0; i < group * blocks; ++i)
-          queries(keys, pair / shape.Hkv, pair % shape.Hkv * group + i / blocks, i % blocks * kRows, work);
+          queries(keys, pair / shape.Hkv, pair % shape.Hkv * group + i / blocks, i % blocks * kRows,
+                  next < pairs ? next : -1, work);
       });
       return;
     }
@@ -179,11 +189,11 @@ template <bool dots> struct Forward {
     const int64_t key_blocks = ceil_div(shape.Sk, kKeys);
     each_task(pairs * key_blocks, flops, work_floats(), [&](int64_t i, float* work) {
       const int64_t pair = i / key_blocks, begin = i % key_blocks * kKeys;
-      pack(packed(all.data + pair * packed_floats()), pair, begin, begin + kKeys, work);
+      pack(packed(all.data + pair * packed_floats()), pair, begin, begin + kKeys);
     });
     each_task(shape.B * shape.H * blocks, flops, work_floats(), [&](int64_t i, float* work) {
       const int64_t b = i / blocks / shape.H, h = i / blocks % shape.H;
-      queries(packed(all.data + (b * shape.Hkv + h / group) * packed_floats()), b, h, i % blocks * kRows, work);
+      queries(packed(all.data + (b * shape.Hkv + h / group) * packed_floats()), b, h, i % blocks * kRows, -1, work);
     });
   }
 };

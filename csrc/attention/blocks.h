@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "../common/gemm.h"
-#include "../common/rows.h"
+#include "../common/parallel.h"
 
 namespace difuse {
 namespace DIFUSE_ISA {
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kRows = 96;   // queries per block: a multiple of every tile height
 constexpr int64_t kKeys = 256;  // keys per block; measured on Zen 3: 48 x 128 is 2 % slower forward, 4 % backward
-constexpr int64_t kPanel = 2 * VL;  // keys side by side in a packed panel: the width of the score micro kernel
+constexpr int64_t kPanel = (VL == 16 ? 4 : 2) * VL;  // keys side by side in a packed panel: the widest even tile
 constexpr int64_t kChain = 128;  // products added up in one go: longer chains lose to eager PyTorch
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kInfinity = __builtin_inff();
@@ -48,34 +48,50 @@ int64_t visible_keys(const Tensor& kv_lengths, int64_t b, int64_t Sk) {
   return n < 0 ? 0 : n > Sk ? Sk : n;
 }
 
-// Asks for up to `rows` rows of one head, from s on: they lie far apart, out of the hardware prefetcher's sight.
-template <bool write>
+// Asks for up to `rows` rows of one head, from s on: they lie far apart, out of the hardware prefetcher's sight. near: into
+// L1, to be read at once; else into L2.
+template <bool write, bool near = true>
 void prefetch_rows(const Shape& shape, const Tensor& t, int64_t b, int64_t s, int64_t h, int64_t rows) {
   const int64_t bytes = shape.D * element_size(t.dtype);
   for (; rows > 0 && s < t.size[1]; --rows, ++s) {
     const char* row = head_row(t, b, s, h);
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line, write);
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(row + line, write, near ? 3 : 2);
   }
 }
 
 // `rows` rows of one head as float32, zeros beyond D.
 void load_rows(float* to, const Shape& shape, const Tensor& t, int64_t b, int64_t s, int64_t h, int64_t rows) {
   constexpr int64_t kAhead = 12;
-  for (int64_t i = 0; i < rows; ++i, to += shape.ld) {
-    prefetch_rows<false>(shape, t, b, s + i + kAhead, h, 1);
-    load_row(to, head_row(t, b, s + i, h), t.dtype, shape.D);
-    for (int64_t d = shape.D; d < shape.width; ++d) to[d] = 0;
-  }
+  with_type(t.dtype, [&](auto type) {
+    for (int64_t i = 0; i < rows; ++i, to += shape.ld) {
+      prefetch_rows<false>(shape, t, b, s + i + kAhead, h, 1);
+      const auto* row = reinterpret_cast<const decltype(type)*>(head_row(t, b, s + i, h));
+      each_vector(shape.D, [&](int64_t d, int n) { store(to + d, get(row + d, n)); });
+    }
+  });
 }
 
-// Rows [begin, begin + kPanel) below `end` as one panel [width][kPanel]; missing keys are zeros. `rows` is scratch.
-void pack_panel(float* to, float* rows, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end,
-                int64_t h) {
-  const int64_t n = end - begin < kPanel ? end - begin : kPanel;
-  load_rows(rows, shape, t, b, begin, h, n);
-  if (n < kPanel) std::memset(rows + n * shape.ld, 0, (kPanel - n) * shape.ld * 4);
-  for (int64_t d = 0; d < shape.width; ++d)
-    for (int64_t j = 0; j < kPanel; ++j) to[d * kPanel + j] = rows[j * shape.ld + d];
+// Rows [begin, begin + kPanel) below `end` as one panel [units][kPanel]; missing keys are zeros. T: what a row of one head
+// consists of, `units` of them.
+template <class T>
+void pack_panel(int32_t* to, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end, int64_t h,
+                int64_t units) {
+  for (int64_t j = begin; j < begin + kPanel; j += VL, to += VL) {
+    prefetch_rows<false>(shape, t, b, j + VL, h, VL);
+    const T* rows[VL];
+    for (int i = 0; i < VL; ++i) rows[i] = reinterpret_cast<const T*>(j + i < end ? head_row(t, b, j + i, h) : nullptr);
+    each_vector(units, [&](int64_t d, int n) {
+      vi block[VL];
+      for (int i = 0; i < VL; ++i) block[i] = rows[i] ? (vi)get(rows[i] + d, n) : vi{};
+      transpose(block);
+      for (int i = 0; i < n; ++i) store(to + (d + i) * kPanel, block[i]);
+    });
+  }
+}
+void pack_panel(float* to, const Shape& shape, const Tensor& t, int64_t b, int64_t begin, int64_t end, int64_t h) {
+  with_type(t.dtype, [&](auto type) {
+    pack_panel<decltype(type)>(reinterpret_cast<int32_t*>(to), shape, t, b, begin, end, h, shape.D);
+  });
 }
 
 // A logit is |scale| q . k + bias, with q negated for a negative scale, so that without a bias the largest product
@@ -108,10 +124,10 @@ void score_block(float* scores, int64_t ld_scores, const Shape& shape, const flo
                  const float* panels, int64_t begin, int64_t cols) {
   for (int64_t j = 0; j < cols; j += kPanel) {
     const float* panel = panels + (begin + j) / kPanel * shape.panel_floats();
-    gemm<false>(rows, kPanel / VL, shape.D < kChain ? shape.D : kChain, {left, shape.ld, 1}, panel, kPanel, scores + j,
+    gemm<Floats, false>(rows, kPanel / VL, shape.D < kChain ? shape.D : kChain, {left, shape.ld, 1}, panel, kPanel, scores + j,
                 ld_scores);
     for (int64_t d = kChain; d < shape.D; d += kChain)
-      gemm<true>(rows, kPanel / VL, shape.D - d < kChain ? shape.D - d : kChain, {left + d, shape.ld, 1},
+      gemm<Floats, true>(rows, kPanel / VL, shape.D - d < kChain ? shape.D - d : kChain, {left + d, shape.ld, 1},
                  panel + d * kPanel, kPanel, scores + j, ld_scores);
   }
 }
@@ -120,16 +136,6 @@ void score_block(float* scores, int64_t ld_scores, const Shape& shape, const flo
 bool whole_pairs(int64_t pairs, int64_t percent) {
   const int64_t threads = omp_get_max_threads();
   return pairs * 100 >= ceil_div(pairs, threads) * threads * percent;
-}
-
-// body(i, scratch) for every i; scratch has `floats` floats and belongs to the thread. `flops`: of all tasks together.
-template <class F> void each_task(int64_t n, double flops, int64_t floats, F body) {
-#pragma omp parallel if (n > 1 && flops > 1e6)
-  {
-    const Scratch scratch(floats);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < n; ++i) body(i, scratch.data);
-  }
 }
 
 }  // namespace

@@ -30,6 +30,10 @@ struct Gelu {
 struct GeluTanh {  // (1 + tanh u) / 2 = sigmoid(2u), u = sqrt(2 / pi) (z + 0.044715 z^3)
   static vf value(vf z, vf* slope) {
     const vf square = z * z;
+    if (!slope) {  // z / (1 + e^-2u), the exponent in base 2
+      const vf exponent = z * (-2.30220819f - 0.102943240f * square);
+      return z / (1.f + (exponent > 127.f ? splat(__builtin_inff()) : exp2(exponent)));
+    }
     vf s, rest;
     sigmoid(z * (1.59576912f + 0.0713548163f * square), s, rest);
     if (slope) *slope = s + z * s * rest * (1.59576912f + 0.214064449f * square);

@@ -40,7 +40,7 @@ template <class F> static inline void each_vector(int64_t D, F body) {
   for (; i + VL <= D; i += VL) body(i, VL);
   if (i < D) body(i, int(D - i));
 }
-template <class T> static inline vf get(const T* p, int n) { return n == VL ? load(p) : load(p, n); }
+template <class T> static inline auto get(const T* p, int n) { return n == VL ? load(p) : load(p, n); }
 template <class T> static inline void put(T* p, vf v, int n) { n == VL ? store(p, v) : store(p, v, n); }
 // Lanes at n and beyond set to zero.
 static inline vf first(vf v, int n) {

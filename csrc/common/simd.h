@@ -116,6 +116,9 @@ static inline vf load(const f16* p) {
 static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 static inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof v); }
 static inline vh to_bf16(vf v) {
+#if defined(__AVX512BF16__) && defined(DIFUSE_AVX512)
+  return (vh)_mm512_cvtneps_pbh((__m512)v);  // numbers below 2^-126 become 0
+#else
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
   const vu nan = vu{} + 0x7fc0;
@@ -127,6 +130,7 @@ static inline vh to_bf16(vf v) {
   return (vh)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 #else
   return __builtin_convertvector(bits, vh);
+#endif
 #endif
 }
 static inline void store(bf16* p, vf v) { const vh h = to_bf16(v); std::memcpy(p, &h, sizeof h); }
@@ -156,7 +160,22 @@ static inline vb low_bytes(vi v) {
 }
 
 // The first n < VL elements; lanes beyond them read as zero and are not written.
-template <class T> static inline vf load(const T* p, int n) {
+#if defined(DIFUSE_AVX512)
+static inline __mmask16 lanes(int n) { return __mmask16((1u << n) - 1); }
+static inline vf load(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps(lanes(n), p); }
+static inline vi load(const int32_t* p, int n) { return (vi)_mm512_maskz_loadu_epi32(lanes(n), p); }
+static inline vf load(const bf16* p, int n) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16);
+}
+static inline vf load(const f16* p, int n) { return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+template <class T> static inline void store(T* p, vf v, int n) {  // a masked store takes longer, of 16-bit numbers
+  T part[VL];
+  store(part, v);
+  if (n == VL / 2) std::memcpy(p, part, sizeof(T) * VL / 2);  // head dimensions are multiples of 8
+  else for (int i = 0; i < n; ++i) p[i] = part[i];
+}
+#else
+template <class T> static inline auto load(const T* p, int n) {
   T part[VL] = {};
   for (int i = 0; i < n; ++i) part[i] = p[i];
   return load(part);
@@ -166,34 +185,82 @@ template <class T> static inline void store(T* p, vf v, int n) {
   store(part, v);
   for (int i = 0; i < n; ++i) p[i] = part[i];
 }
+#endif
+
+// VL rows of VL numbers of 32 bits become columns. Each step exchanges the off-diagonal quarters of squares of 2 W.
+template <int W, int... I> static inline void exchange(vi& a, vi& b, std::integer_sequence<int, I...>) {
+  const vi from_a = a;
+#if defined(__clang__)
+  a = __builtin_shufflevector(a, b, (I & W ? VL + I - W : I)...);
+  b = __builtin_shufflevector(from_a, b, (I & W ? VL + I : I + W)...);
+#else
+  a = __builtin_shuffle(a, b, vi{(I & W ? VL + I - W : I)...});
+  b = __builtin_shuffle(from_a, b, vi{(I & W ? VL + I : I + W)...});
+#endif
+}
+template <int W = VL / 2> static inline void transpose(vi (&rows)[VL]) {
+  for (int i = 0; i < VL; ++i)
+    if (!(i & W)) exchange<W>(rows[i], rows[i | W], std::make_integer_sequence<int, VL>{});
+  if constexpr (W > 1) transpose<W / 2>(rows);
+}
 
 // sum + the products of two pairs of bfloat16, in each lane; a pair is 32 bits, the first of the two in the lower half.
 // DIFUSE_BF16_DOTS: the CPU has an instruction for it, or a test build pretends to.
 #if defined(__AVX512BF16__) && defined(DIFUSE_AVX512)
 #define DIFUSE_BF16_DOTS
 static inline vf dot(vf sum, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b); }
-#elif defined(DIFUSE_BF16_DOTS)
+#else
 static inline vf dot(vf sum, vi a, vi b) {
   const vi high = vi{} + int32_t(0xffff0000);
   return sum + ((vf)(a & high) * (vf)(b & high) + (vf)(a << 16) * (vf)(b << 16));
 }
 #endif
 
-// 2^x. Cephes-style: 2^fraction by a polynomial, times 2^round(x) by adding to its exponent; relative error below 1e-7.
-// x <= -126 gives 0 (so -inf does), x is expected below 127; a nan stays a nan.
-static inline vf exp2(vf x) {
-  const vf clamped = vmax(splat(-127.f), x);       // with a nan the second operand is kept
-  const vf shifted = clamped + 0x1.8p23f;          // the integer part lands in the low mantissa bits
-  const vf f = clamped - (shifted - 0x1.8p23f);    // [-1/2, 1/2]
+// sum + the four products of 8-bit numbers, a's unsigned and b's signed, in each lane. kSaturates: exact only as long as
+// two products together stay within 16 bits.
+#if defined(DIFUSE_AVX512) && defined(__AVX512VNNI__)
+constexpr bool kSaturates = false;
+static inline vi dot(vi sum, vi a, vi b) { return (vi)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b); }
+#elif defined(DIFUSE_AVX512)
+constexpr bool kSaturates = true;
+static inline vi dot(vi sum, vi a, vi b) {
+  return sum + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)b), _mm512_set1_epi16(1));
+}
+#elif defined(DIFUSE_AVX2)
+constexpr bool kSaturates = true;
+static inline vi dot(vi sum, vi a, vi b) {
+  return sum + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)a, (__m256i)b), _mm256_set1_epi16(1));
+}
+#else
+constexpr bool kSaturates = false;
+static inline vi dot(vi sum, vi a, vi b) {
+  for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b << (24 - i) >> 24);
+  return sum;
+}
+#endif
+
+// 2^x: 2^fraction by a polynomial on [-1/2, 1/2], relative error below 1e-7, then its exponent. x <= -126 gives 0 or next
+// to it (-inf gives 0), x is expected below 127; a nan stays a nan.
+static inline vf exp2_of_fraction(vf f) {
   vf p = splat(1.535336188319500e-4f);
   p = p * f + 1.339887440266574e-3f;
   p = p * f + 9.618437357674640e-3f;
   p = p * f + 5.550332471162809e-2f;
   p = p * f + 2.402264791363012e-1f;
   p = p * f + 6.931472028550421e-1f;
-  p = p * f + 1.f;
-  const vi scaled = (vi)p + ((vi)shifted << 23);   // what is not the integer part leaves at the top
+  return p * f + 1.f;
+}
+static inline vf exp2(vf x) {
+#if defined(DIFUSE_AVX512)
+  const vf f = (vf)_mm512_reduce_ps((__m512)x, 0);  // x - round(x), and 0 of an infinity
+  return (vf)_mm512_scalef_ps((__m512)exp2_of_fraction(f), (__m512)(x - f));
+#else
+  const vf clamped = vmax(splat(-127.f), x);     // with a nan the second operand is kept
+  const vf shifted = clamped + 0x1.8p23f;        // the integer part lands in the low mantissa bits
+  const vf p = exp2_of_fraction(clamped - (shifted - 0x1.8p23f));
+  const vi scaled = (vi)p + ((vi)shifted << 23);  // what is not the integer part leaves at the top
   return x < -126.f ? vf{} : (vf)scaled;
+#endif
 }
 
 }  // namespace DIFUSE_ISA

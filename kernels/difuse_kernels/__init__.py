@@ -10,7 +10,7 @@
     group_norm_act                                  group_norm_act/                      csrc/group_norm_act/ (CPU)
     patchify, unpatchify                            patchify/                            csrc/patchify/
     qk_norm_rope, qk_norm_rope_joint                qk_norm_rope/                        csrc/qk_norm_rope/
-    quantize, dequantize, requantize                quantize/                            csrc/quantize/ (CPU)
+    packed_linear                                   linear/                              csrc/linear/ (CPU)
     sampler_step                                    sampler_step/                        csrc/sampler_step/
 
 `<op>/<op>.py` is the contract, `<op>/<op>_reference.py` the specification in plain PyTorch, `<op>/<op>_native.py` the
@@ -25,14 +25,14 @@ from difuse_kernels.explaining import explain, explain_reset
 from difuse_kernels.gated_activation.gated_activation import gated_activation
 from difuse_kernels.gelu_tanh.gelu_tanh import gelu_tanh
 from difuse_kernels.group_norm_act.group_norm_act import group_norm_act
+from difuse_kernels.linear.linear import Codes, PackedWeight, pack_linear, packed_linear
 from difuse_kernels.patchify.patchify import patchify, unpatchify
 from difuse_kernels.qk_norm_rope.qk_norm_rope import Stream, qk_norm_rope, qk_norm_rope_joint
-from difuse_kernels.quantize.quantize import dequantize, quantize, requantize
 from difuse_kernels.sampler_step.sampler_step import sampler_step
 
 __all__ = [
-    "Stream", "attention", "attention_packed", "dequantize", "explain", "explain_reset", "gate_residual",
+    "Codes", "PackedWeight", "Stream", "attention", "attention_packed", "explain", "explain_reset", "gate_residual",
     "gate_residual_norm_modulate", "gated_activation", "gelu_tanh", "group_norm_act", "norm_modulate",
-    "norm_modulate_dual", "patchify", "qk_norm_rope", "qk_norm_rope_joint", "quantize", "requantize", "sampler_step",
-    "unpatchify", "use_backend",
+    "norm_modulate_dual", "pack_linear", "packed_linear", "patchify", "qk_norm_rope", "qk_norm_rope_joint",
+    "sampler_step", "unpatchify", "use_backend",
 ]

@@ -21,7 +21,7 @@ from torch import nn
 
 from difuse.inference.frozen import Frozen
 from difuse.inference.hoist import make_hoistable
-from difuse.inference.packed import BFloat16Product, Int8Product, PackedProduct, emulates_bfloat16
+from difuse.inference.packed import PackedProduct, multiplies_bfloat16
 from difuse.inference.packed_model import Packed, keep_freed_memory
 from difuse.inference.recorded import Recorded
 from difuse.inference.smoothing import largest_inputs, smoothing
@@ -34,7 +34,7 @@ from difuse.models.layers import Attention
 NO_BFLOAT16 = ("difuse.freeze: this CPU has no bfloat16 products. Each widens its weights to float32 first: the frozen "
                "model needs half the memory and is no faster than in float32; 'int8' is")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_PRECISIONS = {"fp32": PackedProduct, "bf16": BFloat16Product, "int8": Int8Product}  # of the products in blocks
+_PRECISIONS = "fp32", "bf16", "int8"  # of the products in blocks
 _GELUS = {  # class -> names of a product and of the GELU that is all that reads it
     "difuse.models.layers.Mlp": ("fc1", "act"),
     "timm.layers.mlp.Mlp": ("fc1", "act"),
@@ -92,9 +92,7 @@ def record(model):
 
 def _pack(model, precision, example_inputs):
     """The `Packed` of a checked model."""
-    if not torch.backends.mkldnn.is_available():
-        raise RuntimeError("freeze: this torch was built without oneDNN, whose products it is about")
-    if precision == "bf16" and emulates_bfloat16():
+    if precision == "bf16" and not multiplies_bfloat16():
         warnings.warn(NO_BFLOAT16, stacklevel=5)
     linears = _packable(model)
     # memo: the copy refers to these weights until they are packed, and never holds a second plain copy of them
@@ -103,16 +101,12 @@ def _pack(model, precision, example_inputs):
     products = {}  # one for a layer at several places
     for path, linear in linears.items():
         if id(linear) not in products:
-            kind = _PRECISIONS[precision] if _in_a_block(path) else PackedProduct
-            products[id(linear)] = kind(linear, smooth[path]) if path in smooth else kind(linear)
+            products[id(linear)] = PackedProduct(linear, _precision_of(path, precision), smooth.get(path))
     packed = {path: products[id(linear)] for path, linear in linears.items()}
     for path, product in packed.items():
         frozen.set_submodule(path, product)
     _fuse_gelus(frozen)
-    if precision == "int8":
-        _hand_on_codes(frozen)
-    elif precision == "bf16":
-        _hand_on_bfloat16(frozen)
+    _hand_on(frozen, precision)
     keep_freed_memory()
     modulations = make_hoistable(frozen)
     return Packed(frozen.requires_grad_(False), weakref.ref(model), packed, modulations)
@@ -150,22 +144,27 @@ def _check(model):
 
 
 def _packable(model):
-    """{path: nn.Linear} of the products over tokens that own their weight.
-
-    Not of embeddings and of what is called adaLN: their products have a row per sample, packing gains nothing there,
-    and adapters compare their weights.
-    """
+    """{path: nn.Linear} of the products that own their weight. Not of embeddings: adapters compare their weights."""
     linears = {path: module for path, module in model.named_modules(remove_duplicate=False)
-               if type(module) is nn.Linear and not any("emb" in part or "adaLN" in part for part in path.split("."))}
+               if type(module) is nn.Linear and not any("emb" in part for part in path.split("."))}
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     return {path: linear for path, linear in linears.items() if owners[id(linear.weight)] == 1}
 
 
 def _in_a_block(path):
     """Whether this is a product of one of many blocks, not of the model's ends and not of a modulation."""
-    parts = path.split(".")
-    return any(part.isdigit() for part in parts) and not any(
-        part.startswith(("norm", "caption")) or part.endswith("_mod") for part in parts)
+    return any(part.isdigit() for part in path.split(".")) and not _is_modulation(path) and "caption" not in path
+
+
+def _is_modulation(path):
+    return any(part.startswith(("norm", "adaLN")) or part.endswith("_mod") for part in path.split("."))
+
+
+def _precision_of(path, precision):
+    """A modulation's few rows take as long as its weight takes to be read: half as long in bfloat16, close enough."""
+    if _in_a_block(path):
+        return precision
+    return "bf16" if _is_modulation(path) and precision != "fp32" else "fp32"
 
 
 def _smoothing(model, linears, calls):
@@ -180,8 +179,8 @@ def _parents(model):
     return Counter(id(child) for module in model.modules() for child in module._modules.values())
 
 
-def _mlps_of(model, kind):
-    """(first, second) product of every MLP between whose two, both of `kind`, nothing is left that needs floats."""
+def _mlps_of(model, precision):
+    """(first, second) product of every MLP between whose two, both in `precision`, nothing is left that needs floats."""
     parents = _parents(model)
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__name__}"
@@ -191,30 +190,34 @@ def _mlps_of(model, kind):
         parts = dict(module.named_modules(remove_duplicate=False))
         products = [parts.get(path) for path in (first, second)]
         between = [path for path in between if path in parts]  # older releases of timm have fewer
-        if (all(isinstance(product, kind) for product in products) and parents[id(products[0])] == 1
+        if (all(_is_in(product, precision) for product in products) and parents[id(products[0])] == 1
                 and all(isinstance(parts[path], (nn.Identity, nn.Dropout)) for path in between)):
             for path in between:
                 module.set_submodule(path, nn.Identity())
             yield products
 
 
-def _hand_on_codes(model):
-    """Between the two 8-bit products of an MLP nothing need be floats."""
-    for first, second in _mlps_of(model, Int8Product):
-        first.read_by(second)
+def _is_in(module, precision):
+    return isinstance(module, PackedProduct) and module.precision == precision
 
 
-def _hand_on_bfloat16(model):
-    """What a product rounded to bfloat16 stays so up to the next one: through an MLP, and through attention."""
-    for first, _ in _mlps_of(model, BFloat16Product):
-        first.hands_on = True
+def _hand_on(model, precision):
+    """What the next product rounds is rounded by the one before it: through an MLP, and before attention to bfloat16."""
+    if precision == "fp32":
+        return
+    for first, second in _mlps_of(model, precision):
+        if precision == "int8":
+            first.read_by(second)
+        else:
+            first.out_dtype = torch.bfloat16
+    if precision == "int8" and not multiplies_bfloat16():
+        return
     parents = _parents(model)
     for module in model.modules():
         adapter = adapter_of(vars(module).get("forward"))
         known = type(module) is Attention or (adapter is not None and adapter.forward is facebook_dit.attention)
-        if (known and isinstance(module.qkv, BFloat16Product) and isinstance(module.proj, BFloat16Product)
-                and parents[id(module.qkv)] == 1):
-            module.qkv.hands_on = True
+        if known and _is_in(module.qkv, precision) and _is_in(module.proj, precision) and parents[id(module.qkv)] == 1:
+            module.qkv.out_dtype = torch.bfloat16
 
 
 def _fuse_gelus(model):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from difuse.inference.around import Around
+from difuse.inference.packed import PackedProduct
 from difuse.models import DiT
 
 _DIFFUSERS_DIT = "diffusers.models.transformers.dit_transformer_2d.DiTTransformer2DModel"
@@ -61,7 +62,8 @@ class Modulations:
 
 
 def _is_modulation(module):
-    return isinstance(module, nn.Sequential) and [type(part) for part in module] == [nn.SiLU, nn.Linear]
+    return (isinstance(module, nn.Sequential) and len(module) == 2 and type(module[0]) is nn.SiLU
+            and isinstance(module[1], (nn.Linear, PackedProduct)))
 
 
 def make_hoistable(model):

@@ -1,0 +1,212 @@
+// out = act(x W^T + bias), W packed once. Contract in kernels/difuse_kernels/linear/linear.py.
+//
+// W [N,K] lies in panels of kVectors vectors of outputs, the last one perhaps narrower: [panel][K][output], elements
+// of 32 bits along k as gemm.h multiplies them. A task is a block of rows times a range of panels. It brings its rows
+// into W's form first, rounded to bfloat16 or as codes with a scale per row, unless they come so; each tile of sums then
+// goes, still in L1, through bias and activation to the output. Where the output are codes, whose scale is the row's,
+// the block's floats wait in L2 until its last panel.
+#include <omp.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../common/activations.h"
+#include "../common/codes.h"
+#include "../common/gemm.h"
+#include "../common/parallel.h"
+
+namespace difuse {
+namespace DIFUSE_ISA {
+namespace {
+
+constexpr int kVectors = 3;
+constexpr int kPanel = kVectors * VL;
+constexpr int kTile = tile_rows(kVectors);
+// A sum runs over so many elements in one go, as the libraries' do: one chain of 4608 would err three times as much.
+constexpr int64_t kChain = 256;
+constexpr int64_t kMostRows = 256;        // of a block: each panel, read from L3 or memory, serves them all
+constexpr int64_t kBlockFloats = 1 << 17;  // of scratch: half of a common L2
+
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+const float* floats(const Tensor& t) { return reinterpret_cast<const float*>(t.data); }
+
+// How M rows and the panels are divided among tasks. The bits do not depend on it.
+struct Division {
+  int64_t rows, blocks, ranges;  // of a block of rows, blocks of rows, ranges of panels
+  Division(int64_t M, int64_t panels, int64_t most_rows, bool whole_rows) : ranges(1) {
+    const int64_t threads = omp_get_max_threads();
+    blocks = ceil_div(M, std::max<int64_t>(kTile, most_rows / kTile * kTile));
+    if (whole_rows) blocks = ceil_div(blocks, threads) * threads;
+    rows = std::max<int64_t>(kTile, ceil_div(ceil_div(M, blocks), kTile) * kTile);
+    blocks = ceil_div(M, rows);
+    if (whole_rows) return;
+    while (ranges < panels && blocks * ranges % threads && blocks * ranges < 4 * threads) ++ranges;
+  }
+};
+
+struct Arguments {
+  const Tensor &x, &x_scale, &smooth, &weight, &weight_scale, &weight_sums, &bias, &next_smooth, &out, &out_scale;
+  int64_t M() const { return x.size[0]; }
+  int64_t K() const { return x.size[1]; }
+  int64_t N() const { return out.size[1]; }
+};
+
+// One tile of sums, `vectors` wide, from row m and output n on: act(sum + bias) into rows of ld numbers at `to`. Sums of
+// integers are scaled first, by the tile's rows' `scales`.
+template <class Act, class T, class C>
+void finish(const Arguments& a, const C* c, const float* scales, int64_t m, int64_t rows, int64_t n, int vectors,
+            char* to, int64_t ld) {
+  const auto strip = [&](const C* sums, int64_t n, int lanes) {
+    const vf bias = a.bias ? get(floats(a.bias) + n, lanes) : vf{};
+    const vf smooth = a.next_smooth ? get(floats(a.next_smooth) + n, lanes) : splat(1.f);
+    [[maybe_unused]] vi zero;
+    [[maybe_unused]] vf scale;
+    if constexpr (std::is_same_v<C, int32_t>)
+      zero = get(reinterpret_cast<const int32_t*>(a.weight_sums.data) + n, lanes),
+      scale = get(floats(a.weight_scale) + n, lanes);
+    T* column = reinterpret_cast<T*>(to) + m * ld + n;
+    for (int64_t r = 0; r < rows; ++r, column += ld, sums += kPanel) {
+      vf y;
+      if constexpr (std::is_same_v<C, int32_t>)
+        y = __builtin_convertvector(load(sums) - zero, vf) * (scale * scales[r]) + bias;
+      else y = load(sums) + bias;
+      y = Act::value(y, nullptr);
+      put(column, a.next_smooth ? y * smooth : y, lanes);
+    }
+  };
+  for (int v = 0; v < vectors; ++v, n += VL, c += VL)
+    if (n + VL <= a.N()) strip(c, n, VL);
+    else strip(c, n, int(a.N() - n));
+}
+template <class C>
+using Finish = void(const Arguments&, const C*, const float*, int64_t, int64_t, int64_t, int, char*, int64_t);
+
+// Calls body(Act{}); the name was checked by the contract.
+template <class F> void with_activation(const char* name, F body) {
+  if (name[0] == 'n') body(Identity{});
+  else if (name[4] == '_') body(GeluTanh{});
+  else body(Gelu{});
+}
+
+template <class Kind> struct Linear : Arguments {
+  using E = typename Kind::E;
+  using C = typename Kind::C;
+  Finish<C>* finish;
+
+  int64_t units() const { return ceil_div(K(), Kind::N); }
+  int64_t operand_floats(int64_t rows) const { return ceil_div(rows * units(), VL) * VL; }
+  bool to_codes() const { return out.dtype == DType::u8; }
+  // Whether rows of x can be multiplied where they lie.
+  bool in_place() const {
+    const DType native = Kind::N == 1 ? DType::f32 : Kind::N == 2 ? DType::bf16 : DType::u8;
+    return x.dtype == native && K() % Kind::N == 0 && x.stride[0] % Kind::N == 0 &&
+           reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+  }
+
+  // Row m of x in the form of an operand, at `to`. Returns the row's scale.
+  float bring(int64_t m, E* to) const {
+    to[units() - 1] = 0;  // numbers beyond K, which are multiplied with zeros
+    const char* row = x.data + m * x.stride[0] * element_size(x.dtype);
+    float scale = 1.f;
+    if (x.dtype == DType::u8) {
+      std::memcpy(to, row, K());
+      return floats(x_scale)[m];
+    }
+    with_type(x.dtype, [&](auto type) {
+      const auto* p = reinterpret_cast<const decltype(type)*>(row);
+      if constexpr (Kind::N == 4) {
+        uint8_t* codes = reinterpret_cast<uint8_t*>(to);
+        if (smooth) scale = encode(K(), codes, [&](int64_t i, int n) { return get(p + i, n) * get(floats(smooth) + i, n); });
+        else scale = encode(K(), codes, [&](int64_t i, int n) { return get(p + i, n); });
+      } else {
+        using T = std::conditional_t<Kind::N == 1, float, bf16>;
+        each_vector(K(), [&](int64_t i, int n) { put(reinterpret_cast<T*>(to) + i, get(p + i, n), n); });
+      }
+    });
+    return scale;
+  }
+
+  // Rows m to end, as many tiles as fit and then lower ones, of one panel.
+  template <int MR, int NV>
+  void panel(int64_t m, int64_t end, Left<E> left, const float* scales, const E* b, int64_t n, char* to,
+             int64_t ld) const {
+    alignas(64) C c[MR * kPanel];
+    for (; m + MR <= end; m += MR, left.data += MR * left.row, scales += MR) {
+      tile<Kind, MR, NV, false>(std::min(kChain, units()), left, b, NV * VL, c, kPanel);
+      for (int64_t k = kChain; k < units(); k += kChain)
+        tile<Kind, MR, NV, true>(std::min(kChain, units() - k), {left.data + k, left.row, 1}, b + k * NV * VL, NV * VL,
+                                 c, kPanel);
+      finish(*this, c, scales, m, MR, n, NV, to, ld);
+    }
+    if constexpr (MR > 1)
+      if (m < end) panel<MR / 2, NV>(m, end, left, scales, b, n, to, ld);
+  }
+
+  void block(int64_t begin, int64_t end, int64_t first, int64_t last, float* scratch) const {
+    float *scales = scratch, *rows = scales + kMostRows, *results = rows + (in_place() ? 0 : operand_floats(end - begin));
+    Left<E> left = {reinterpret_cast<const E*>(x.data) + begin * (x.stride[0] / Kind::N), x.stride[0] / Kind::N, 1};
+    if (!in_place()) {
+      E* to = reinterpret_cast<E*>(rows);
+      for (int64_t m = begin; m < end; ++m) scales[m - begin] = bring(m, to + (m - begin) * units());
+      left = {to, units(), 1};
+    } else if (x_scale) {
+      std::memcpy(scales, floats(x_scale) + begin, (end - begin) * 4);
+    }
+    // finish() counts rows from the output's first on
+    char* to = to_codes() ? reinterpret_cast<char*>(results - begin * N()) : out.data;
+    const int64_t ld = to_codes() ? N() : out.stride[0];
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t n = p * kPanel;
+      const E* b = reinterpret_cast<const E*>(weight.data) + n * units();
+      const int64_t vectors = std::min<int64_t>(kVectors, ceil_div(N() - n, VL));
+      if (vectors == 3) panel<kTile, 3>(begin, end, left, scales, b, n, to, ld);
+      else if (vectors == 2) panel<kTile, 2>(begin, end, left, scales, b, n, to, ld);
+      else panel<kTile, 1>(begin, end, left, scales, b, n, to, ld);
+    }
+    if (!to_codes()) return;
+    for (int64_t m = begin; m < end; ++m, results += N())
+      reinterpret_cast<float*>(out_scale.data)[m] =
+          encode(N(), reinterpret_cast<uint8_t*>(out.data) + m * out.stride[0],
+                 [&](int64_t i, int n) { return get(results + i, n); });
+  }
+
+  void run() const {
+    if (M() == 0) return;
+    const int64_t panels = ceil_div(N(), kPanel);
+    int64_t most_rows = kMostRows;
+    if (!in_place()) most_rows = std::min(most_rows, kBlockFloats / units());
+    if (to_codes()) most_rows = std::min(most_rows, 2 * kBlockFloats / N());
+    const Division parts(M(), panels, most_rows, to_codes());
+    const int64_t floats = kMostRows + (in_place() ? 0 : operand_floats(parts.rows)) + (to_codes() ? parts.rows * N() : 0);
+    each_task(parts.blocks * parts.ranges, 2. * M() * N() * K(), floats, [&](int64_t i, float* scratch) {
+      const int64_t begin = i % parts.blocks * parts.rows, range = i / parts.blocks;
+      block(begin, std::min(M(), begin + parts.rows), range * panels / parts.ranges,
+            (range + 1) * panels / parts.ranges, scratch);
+    });
+  }
+};
+
+}  // namespace
+
+void linear(const Tensor& x, const Tensor& x_scale, const Tensor& smooth, const Tensor& weight,
+            const Tensor& weight_scale, const Tensor& weight_sums, const Tensor& bias, const char* activation,
+            const Tensor& next_smooth, const Tensor& out, const Tensor& out_scale) {
+  const Arguments a{x, x_scale, smooth, weight, weight_scale, weight_sums, bias, next_smooth, out, out_scale};
+  with_activation(activation, [&](auto act) {
+    with_type(out.dtype == DType::u8 ? DType::f32 : out.dtype, [&](auto type) {
+      using Act = decltype(act);
+      using T = decltype(type);
+      if (weight.dtype == DType::f32) Linear<Floats>{a, finish<Act, T, float>}.run();
+      else if (weight.dtype == DType::bf16) Linear<Pairs>{a, finish<Act, T, float>}.run();
+      else Linear<Quads>{a, finish<Act, T, int32_t>}.run();
+    });
+  });
+}
+
+void linear_layout(const Tensor& layout) {
+  int32_t* to = reinterpret_cast<int32_t*>(layout.data);
+  to[0] = kPanel, to[1] = VL, to[2] = kSaturates ? 64 : 127;  // 2 * 255 * 64 fits 16 bits
+}
+
+}  // namespace DIFUSE_ISA
+}  // namespace difuse
