@@ -30,7 +30,7 @@ ISAS = {  # namespace -> flags, oldest first
 } if X86 else {"native_isa": ""}
 # no -ffast-math: NaN and infinity keep their meaning. OpenMP is compiled in but not linked: see native.py
 FLAGS = ("-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-         "-Wall -Wno-ignored-attributes -Wno-psabi -Wno-maybe-uninitialized")
+         "-Wall -Wno-ignored-attributes -Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized")  # GCC 12's own headers
 GPUS = ("80", "90a", "100")  # machine code; PTX of the last, for GPUs to come
 EMULATION = ROOT / "tests" / "emulation"
 

@@ -14,7 +14,7 @@ from benchmarks.bench_model import FORWARD, GUIDANCE, NO_BF16
 from benchmarks.bench_ops import Target, verdict
 from benchmarks.timing import versus
 from difuse.diffusion import VP, initial_noise
-from difuse.integrations.products import emulates_bfloat16
+from difuse.inference.packed import multiplies_bfloat16
 from difuse_kernels.testing.numerics import FACTOR
 
 CASES = (("DiT-S/2", 8), ("DiT-XL/2", 1), ("DiT-XL/2", 2))  # family, batch of a forward
@@ -34,7 +34,7 @@ def jobs(args, ceilings):
     """[(label, function returning rows)]: every case whose family fits; 8 bits beside float32."""
     compiles = not (args.no_compile or args.quick)
     precisions = [name for name in PRECISIONS if name.replace("int8", "fp32") in (args.dtype or PRECISIONS)]
-    skipped = {"bf16": NO_BF16} if args.dtype is None and emulates_bfloat16() else {}
+    skipped = {"bf16": NO_BF16} if args.dtype is None and not multiplies_bfloat16() else {}
     cases = dict(CASES).items() if args.quick else CASES  # a quick model has a batch of its own
     return [(f"frozen {family}, batch {batch}", lambda family=family, batch=batch: rows(
                 family, batch, precisions, ceilings, args.quick, compiles, skipped))

@@ -11,7 +11,7 @@ import tempfile
 
 import torch
 
-from difuse.inference.packed import largest_weight
+from difuse_kernels.linear.linear import layout
 
 
 def build(name, plain, inputs, precision):
@@ -68,7 +68,7 @@ def onnxruntime(plain, inputs, precision):
             del exported.graph.value_info[:]  # shapes that its quantiser, having transposed weights, finds wrong
             onnx.save(exported, source, save_as_external_data=True, location="source.data")
             quantize_dynamic(source, path, per_channel=True, use_external_data_format=True,
-                             reduce_range=largest_weight() < 127)  # as its documentation has it for such CPUs
+                             reduce_range=layout()[2] < 127)  # as its documentation has it for such CPUs
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])

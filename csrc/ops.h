@@ -87,13 +87,15 @@ struct Queue {
   /* All contiguous, of one shape. */                                                                                  \
   X(gelu_tanh_forward, (const Tensor& x, const Tensor& out))                                                           \
   X(gelu_tanh_backward, (const Tensor& dout, const Tensor& x, const Tensor& dx))                                       \
-  /* out = act(x W^T + bias); x [M,K] of any float dtype, or u8 codes with x_scale f32 [M]; out [M,N] of any float     \
-     dtype, or u8 with out_scale f32 [M], its rows then multiplied by next_smooth f32 [N]. weight: packed, see         \
-     linear_cpu.cpp; f32, bf16, or signed 8-bit numbers in u8, with weight_scale f32 [N] and weight_sums i32 [N], 128  \
-     times the sum of an output's numbers; x is multiplied by smooth f32 [K] before it becomes codes. bias f32 [N].    \
-     activation: "none", "gelu", "gelu_tanh". */                                                                       \
-  X(linear, (const Tensor& x, const Tensor& x_scale, const Tensor& smooth, const Tensor& weight,                       \
-             const Tensor& weight_scale, const Tensor& weight_sums, const Tensor& bias, const char* activation,        \
+  /* out = residual + gate * act(h W^T + bias), h = LayerNorm(x) (1 + scale) + shift. x [M,K] of any float dtype, or u8\
+     codes with x_scale f32 [M]; scale, shift [B,K] f32, both or none; smooth f32 [K] times h becomes codes. weight:   \
+     packed, see linear_cpu.cpp; f32, bf16, or signed 8-bit numbers in u8, with weight_scale f32 [N] and weight_sums   \
+     i32 [N], 128 times the sum of an output's numbers. bias f32 [N]; gate [B,N], residual [M,N] f32, both or none.    \
+     activation: "none", "gelu", "gelu_tanh". out [M,N] of any float dtype, or u8 with out_scale f32 [M], the codes of \
+     next_smooth f32 [N] times the result. Only residual may be out itself. */                                         \
+  X(linear, (const Tensor& x, const Tensor& x_scale, const Tensor& scale, const Tensor& shift, float eps,              \
+             const Tensor& smooth, const Tensor& weight, const Tensor& weight_scale, const Tensor& weight_sums,        \
+             const Tensor& bias, const char* activation, const Tensor& gate, const Tensor& residual,                   \
              const Tensor& next_smooth, const Tensor& out, const Tensor& out_scale))                                   \
   /* layout i32 [3]: outputs in a panel of a packed weight, outputs in a vector, largest exact 8-bit number of one. */ \
   X(linear_layout, (const Tensor& layout))

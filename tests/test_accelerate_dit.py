@@ -330,6 +330,8 @@ def test_a_block_that_is_wrapped_gets_the_timestep(dit, path):
 
 def test_under_autocast_and_in_bfloat16(dit):
     model, ours, inputs = dit
+    difuse.restore(ours)
+    difuse.accelerate(ours, backend="reference")  # kernels may multiply bfloat16 only where there are no gradients
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, count = runs(ours, inputs)
         assert count == 1 and torch.equal(found, unshared(ours, inputs))

@@ -46,8 +46,8 @@ class Halves(nn.Linear):
     """What a bfloat16 product computes."""
 
     def forward(self, x):
-        x, weight, bias = (None if t is None else t.bfloat16().double() for t in (x, self.weight, self.bias))
-        return F.linear(x, weight, bias).bfloat16().float()
+        bias = None if self.bias is None else self.bias.double()
+        return F.linear(x.bfloat16().double(), self.weight.bfloat16().double(), bias).float()
 
 
 KINDS = {"bf16": Halves, "int8": Integers}
@@ -227,29 +227,37 @@ def test_what_passes_between_blocks_is_float32(name):
     assert lower and not any(word in path for path in lower for word in ("emb", "caption"))
 
 
-@pytest.mark.filterwarnings("ignore:difuse.freeze")
 @pytest.mark.parametrize("name", ["tiny", "facebook_dit", "dit"])
 def test_bfloat16_is_handed_on_where_the_reader_would_round(name, model):
-    """The same bits: what the reader would round is rounded before it."""
+    """Through an MLP the same bits: what the reader would round is rounded before it. Attention computes on it."""
     inputs = dict(zip("xty", CALL, strict=True))
     if name != "tiny":
         model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
     frozen = difuse.freeze(model, "bf16")
-    handing = [(path, module) for path, module in frozen.model.named_modules()
-               if isinstance(module, PackedProduct) and module.out_dtype == torch.bfloat16]
+    handing = {path: module for path, module in frozen.model.named_modules()
+               if isinstance(module, PackedProduct) and module.out_dtype == torch.bfloat16}
     blocks = sum(path.count(".") == 1 for path, _ in frozen.model.named_modules() if "blocks" in path)
     assert len(handing) == blocks * (2 if name == "tiny" else 1)  # an MLP, an attention, or both
     found, dtypes = out(frozen, **inputs), set()
-    for _, module in handing:
+    for module in handing.values():
         module.register_forward_hook(lambda module, inputs, result: dtypes.add(result.dtype))
     out(frozen, **inputs)
-    assert dtypes == {torch.bfloat16}
-    for _, module in handing:
+    assert dtypes == {torch.bfloat16} and found.dtype == torch.float32
+    for path, module in handing.items():
+        if not path.endswith("qkv"):
+            module.out_dtype = torch.float32
+    assert torch.equal(out(frozen, **inputs), found)
+    for module in handing.values():
         module.out_dtype = torch.float32
-    expected = out(frozen, **inputs)
-    assert found.dtype == expected.dtype == torch.float32
-    assert torch.equal(found, expected) or (native.ext and native.ext.isa() == "v4_bf16")  # rounds weights as well
-    assert error(found, expected) < 0.01
+    assert error(out(frozen, **inputs), found) < 0.01
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_before_attention_8_bit_products_hand_on_bfloat16_where_the_cpu_multiplies_it(multiplies, model, monkeypatch):
+    monkeypatch.setattr(freeze_module, "multiplies_bfloat16", lambda: multiplies)
+    frozen = difuse.freeze(model, "int8")
+    assert frozen.blocks[0].attn.qkv.out_dtype == (torch.bfloat16 if multiplies else torch.float32)
+    assert error(out(frozen, *CALL), out(model, *CALL)) < 0.05
 
 
 class TimmMlp(nn.Module):

@@ -297,7 +297,7 @@ BAD = [
     (lambda: packed_linear(X, W, torch.zeros(5).half()), TypeError, "bias is torch.float16"),
     (lambda: packed_linear(X, W, activation="relu"), ValueError, "activation is 'relu'; expected one of 'none'"),
     (lambda: packed_linear(X, W, out_dtype=torch.int32), ValueError, "out_dtype is torch.int32; expected one of"),
-    (lambda: packed_linear(CODES, W), ValueError, "x are codes, which are for 'int8'; the weight is 'fp32'"),
+    (lambda: packed_linear(CODES, W), ValueError, "x are codes, which are for 'int8' and cannot be normed; .* 'fp32'"),
     (lambda: packed_linear(Codes(X, CODES.scale), INT8), TypeError, "x is torch.float32 on cpu; expected torch.uint8"),
     (lambda: packed_linear(Codes(CODES.codes, torch.zeros(3)), INT8), ValueError, r"the scale of x has shape \(3,\)"),
     (lambda: packed_linear(X, W, reader=INT8), ValueError, "reader is 'int8' of 6 inputs; expected 'int8' of 5"),

@@ -32,17 +32,6 @@ bool streams(const Tensor& out, int64_t B, int64_t S, int64_t D) {
          out.stride[1] * element_size(out.dtype) % 64 == 0 && out.stride[0] * element_size(out.dtype) % 64 == 0;
 }
 
-template <class F> float row_sum(int64_t D, F term) {  // four chains hide the latency of the addition
-  vf a = {}, b = {}, c = {}, d = {};
-  int64_t i = 0;
-  for (; i + 4 * VL <= D; i += 4 * VL) {
-    a += term(i, VL), b += term(i + VL, VL), c += term(i + 2 * VL, VL), d += term(i + 3 * VL, VL);
-  }
-  for (; i + VL <= D; i += VL) a += term(i, VL);
-  if (i < D) b += term(i, int(D - i));
-  return hsum((a + b) + (c + d));
-}
-
 template <class T, class Ty> void add_gated(const T* x, const Ty* y, const float* gate, T* out, int64_t D) {
   if (gate)
     each_vector(D, [&](int64_t i, int n) { put(out + i, get(x + i, n) + get(gate + i, n) * get(y + i, n), n); });

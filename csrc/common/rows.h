@@ -49,6 +49,18 @@ static inline vf first(vf v, int n) {
   return v;
 }
 
+// The sum of term(i, n) over D elements; lanes beyond them must be zero.
+template <class F> static inline float row_sum(int64_t D, F term) {  // four chains hide the latency of the addition
+  vf a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * VL <= D; i += 4 * VL) {
+    a += term(i, VL), b += term(i + VL, VL), c += term(i + 2 * VL, VL), d += term(i + 3 * VL, VL);
+  }
+  for (; i + VL <= D; i += VL) a += term(i, VL);
+  if (i < D) b += term(i, int(D - i));
+  return hsum((a + b) + (c + d));
+}
+
 static inline void load_row(float* to, const char* from, DType dtype, int64_t D) {
   with_type(dtype, [&](auto type) {
     const auto* p = reinterpret_cast<const decltype(type)*>(from);

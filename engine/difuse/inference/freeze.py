@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from difuse.inference.frozen import Frozen
+from difuse.inference.fused_block import fuse_blocks
 from difuse.inference.hoist import make_hoistable
 from difuse.inference.packed import PackedProduct, multiplies_bfloat16
 from difuse.inference.packed_model import Packed, keep_freed_memory
@@ -107,6 +108,7 @@ def _pack(model, precision, example_inputs):
         frozen.set_submodule(path, product)
     _fuse_gelus(frozen)
     _hand_on(frozen, precision)
+    fuse_blocks(frozen)
     keep_freed_memory()
     modulations = make_hoistable(frozen)
     return Packed(frozen.requires_grad_(False), weakref.ref(model), packed, modulations)
@@ -180,7 +182,7 @@ def _parents(model):
 
 
 def _mlps_of(model, precision):
-    """(first, second) product of every MLP between whose two, both in `precision`, nothing is left that needs floats."""
+    """(first, second) product of every MLP between whose two, both in `precision`, nothing is left to need floats."""
     parents = _parents(model)
     for module in model.modules():
         name = f"{type(module).__module__}.{type(module).__name__}"
@@ -202,7 +204,7 @@ def _is_in(module, precision):
 
 
 def _hand_on(model, precision):
-    """What the next product rounds is rounded by the one before it: through an MLP, and before attention to bfloat16."""
+    """Let products round what the next one would: through an MLP, and to bfloat16 before attention."""
     if precision == "fp32":
         return
     for first, second in _mlps_of(model, precision):

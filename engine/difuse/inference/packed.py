@@ -16,9 +16,9 @@ class PackedProduct(nn.Module):
     """x [...,K] -> [...,N]: the nn.Linear it was made from, and perhaps a GELU.
 
     precision: of the operands, see `pack_linear`; sums, bias and GELU are float32. smooth: float32 [K] of "int8", or
-    None. gelu: "tanh" or "none" (exact), as of nn.GELU, or None for no activation. out_dtype: of the results, torch.float32
-    unless their only reader rounds them to torch.bfloat16 anyway. reader: the 8-bit product that alone takes the
-    results, as codes, or None.
+    None. gelu: "tanh" or "none" (exact), as of nn.GELU, or None for no activation. out_dtype: of the results,
+    torch.float32 unless their only reader rounds them to torch.bfloat16 anyway. reader: the 8-bit product that alone
+    takes the results, as codes, or None.
     """
 
     def __init__(self, linear, precision="fp32", smooth=None):
@@ -53,8 +53,11 @@ class PackedProduct(nn.Module):
         """All that it holds."""
         return [*self.packed.tensors(), *(() if self.bias is None else (self.bias,))]
 
-    def forward(self, x):
-        """Raises TypeError for another dtype, RuntimeError where a gradient is asked for."""
+    def forward(self, x, **around):
+        """around: what `packed_linear` does in the same pass, a norm before and a gate after the product.
+
+        Raises TypeError for another dtype, RuntimeError where a gradient is asked for.
+        """
         if not isinstance(x, Codes):
             if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and self.precision != "fp32"):
                 raise TypeError(f"a frozen model's product got {x.dtype}; expected torch.float32. Convert the inputs "
@@ -62,7 +65,7 @@ class PackedProduct(nn.Module):
             if torch.is_grad_enabled() and x.requires_grad:
                 raise RuntimeError("a frozen model has no gradients; call it under torch.no_grad()")
         return packed_linear(x, self.packed, self.bias, activation=_ACTIVATION[self.gelu], out_dtype=self.out_dtype,
-                             reader=self.reader and self.reader.packed)  # [...,N]
+                             reader=self.reader and self.reader.packed, **around)  # [...,N]
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, {self.precision}, gelu={self.gelu}"

@@ -1,19 +1,21 @@
-"""packed_linear: act(x W^T + b) of a weight that was packed once, for frozen models on CPUs.
+"""packed_linear: residual + gate * act(h W^T + b), h = LayerNorm(x) (1 + scale) + shift, for frozen models on CPUs.
 
-    fp32    y = act(x W^T + b)
-    bf16    the same of x and W rounded to bfloat16, products and sums in float32
-    int8    scale_m = max_k |x_mk smooth_k| / 127      code_mk = round(x_mk smooth_k / scale_m) + 128
+Norm and gate may be absent: h = x, and what is returned is act(h W^T + b). W was packed once, in one of three ways:
+
+    fp32    y = h W^T
+    bf16    the same of h and W rounded to bfloat16, products and sums in float32
+    int8    scale_m = max_k |h_mk smooth_k| / 127      code_mk = round(h_mk smooth_k / scale_m) + 128
             scale_n = max_k |w_nk / smooth_k| / L      c_nk = round(w_nk / smooth_k / scale_n)
-            y_mn = act(scale_m scale_n sum_k (code_mk - 128) c_nk + b_n)
+            y_mn = scale_m scale_n sum_k (code_mk - 128) c_nk
 
 The sums of integers are exact; L is 127, or 64 where the CPU's instruction adds two products in 16 bits. A scale per
-row of x: Dettmers et al. 2022 (arXiv:2208.07339), section 2. smooth, float32 [K], is 1 / s of SmoothQuant, Xiao et al.
+row of h: Dettmers et al. 2022 (arXiv:2208.07339), section 2. smooth, float32 [K], is 1 / s of SmoothQuant, Xiao et al.
 2023 (arXiv:2211.10438), equation 3: it moves the range of outlying channels into the weights.
 
-x [...,K] float32, bfloat16 or float16, or the `Codes` that another product left; y [...,N] float32, bfloat16 or
-float16, or, for the `reader` that alone takes it, its Codes: no float of it ever reaches memory. A row of x that holds
-an infinity or NaN gives NaN with int8. A library's product would need passes of its own before and after it for all
-that, and is no faster: see docs/freeze.md. For inference on CPUs: there are no gradients, no kernels for GPUs, and
+x [...,K] float32, bfloat16 or float16, or the `Codes` that another product left; the result [...,N] float32, bfloat16
+or float16, or, for the `reader` that alone takes it, its Codes: no float of it ever reaches memory. A row of x that
+holds an infinity or NaN gives NaN with int8. A library's product would need passes over memory before and after it for
+all that, and is no faster: see docs/freeze.md. For inference on CPUs: there are no gradients, no kernels for GPUs, and
 nothing of it in explain(). Without the C++ extension the reference runs.
 """
 import functools
@@ -104,7 +106,8 @@ def pack_linear(weight, precision="fp32", smooth=None):
     weight, scale, sums = weight.detach().float(), None, None
     if precision == "int8":
         if weight.shape[1] > MOST_INT8:
-            raise ValueError(f"pack_linear: weight has shape {tuple(weight.shape)}; with 'int8' K is at most {MOST_INT8}")
+            raise ValueError(f"pack_linear: weight has shape {tuple(weight.shape)}; with 'int8' K is at most "
+                             f"{MOST_INT8}")
         if smooth is not None:
             smooth = smooth.detach().float().contiguous()
             weight = weight / smooth
@@ -120,31 +123,47 @@ def pack_linear(weight, precision="fp32", smooth=None):
     return PackedWeight(precision, (N, K), data.view(torch.uint8) if precision == "int8" else data, scale, sums, smooth)
 
 
-def packed_linear(x, weight, bias=None, *, activation="none", out_dtype=torch.float32, reader=None):
-    """act(x W^T + bias): [...,N] in `out_dtype`, or Codes where `reader`, an int8 PackedWeight, takes it.
+def packed_linear(x, weight, bias=None, *, scale=None, shift=None, eps=1e-6, activation="none", gate=None,
+                  residual=None, overwrite=False, out_dtype=torch.float32, reader=None):
+    """residual + gate * act(h W^T + bias): [...,N] in `out_dtype`, or Codes where `reader`, an int8 PackedWeight, takes it.
 
-    bias float32 [N], contiguous. Raises ValueError or TypeError for a wrong shape, dtype or device.
+    bias [N]. scale, shift [B,K], both or none: x [B,...,K] is normed and modulated first. gate [B,N] and residual
+    [B,...,N], both or none; overwrite: the result is written over residual. All float32. Raises ValueError or TypeError
+    for a wrong shape, dtype or device.
     """
     if not isinstance(weight, PackedWeight):
         raise TypeError(f"packed_linear: weight is {type(weight).__name__}; expected what pack_linear returns")
     N, K = weight.shape
-    codes, scale = x if isinstance(x, Codes) else (x, None)
-    if scale is not None and weight.precision != "int8":
-        raise ValueError(f"packed_linear: x are codes, which are for 'int8'; the weight is {weight.precision!r}")
-    _check("x", codes, KERNEL_DTYPES if scale is None else (torch.uint8,), (..., K))
-    if scale is not None:
-        _check("the scale of x", scale, (torch.float32,), tuple(codes.shape[:-1]))
+    codes, x_scale = x if isinstance(x, Codes) else (x, None)
+    if x_scale is not None and (weight.precision != "int8" or scale is not None):
+        raise ValueError("packed_linear: x are codes, which are for 'int8' and cannot be normed; the weight is "
+                         f"{weight.precision!r}")
+    _check("x", codes, KERNEL_DTYPES if x_scale is None else (torch.uint8,), (..., K))
+    if x_scale is not None:
+        _check("the scale of x", x_scale, (torch.float32,), codes.shape[:-1])
     if needs_grad(codes):
         raise ValueError("packed_linear: it has no gradients; call it under torch.no_grad()")
     if bias is not None:
         _check("bias", bias, (torch.float32,), (N,))
+    for a, b, pair in ((scale, shift, "scale and shift"), (gate, residual, "gate and residual")):
+        if (a is None) != (b is None):
+            raise ValueError(f"packed_linear: got one of {pair}; expected both or none")
+    if scale is not None:
+        _check("scale", scale, (torch.float32,), (codes.shape[0], K))
+        _check("shift", shift, (torch.float32,), (codes.shape[0], K))
+    if gate is not None:
+        _check("gate", gate, (torch.float32,), (codes.shape[0], N))
+        _check("residual", residual, (torch.float32,), (*codes.shape[:-1], N))
+    if overwrite and (residual is None or out_dtype != torch.float32 or reader is not None):
+        raise ValueError("packed_linear: overwrite is for a float32 result over a residual")
     check_one_of("packed_linear", "activation", activation, ACTIVATIONS)
     check_one_of("packed_linear", "out_dtype", out_dtype, KERNEL_DTYPES)
     if reader is not None and (reader.precision, reader.shape[1]) != ("int8", N):
         raise ValueError(f"packed_linear: reader is {reader.precision!r} of {reader.shape[1]} inputs; expected 'int8' "
                          f"of {N}")
     backend = linear_reference if native.ext is None or forced_backend() == "reference" else linear_native
-    found = backend.packed_linear(codes, scale, weight, bias, activation, out_dtype, reader)
+    found = backend.packed_linear(codes, x_scale, scale, shift, eps, weight, bias, activation, gate, residual,
+                                  overwrite, out_dtype, reader)
     return found if reader is None else Codes(*found)
 
 
