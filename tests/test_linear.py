@@ -203,6 +203,50 @@ def test_the_largest_numbers_give_exact_sums():
         assert (packed_linear(codes, weight) == (code - ZERO) * sign * largest * K).all()
 
 
+# before and after
+
+@each_backend
+@each_precision
+@pytest.mark.parametrize("shape, N", [((3, 7, 37), 41), ((2, 301, 24), 40), ((4, 64), 700), ((2, 3, 5, 16), 8),
+                                      ((0, 4, 8), 8)])
+def test_norm_before_and_gate_after(shape, N, precision, backend):
+    """What the separate steps give, by the rounding of one."""
+    x, weight, bias = operands(shape, N)
+    x, packed = x + 3, pack_linear(weight, precision)
+    wide = draw(shape[0], 2 * shape[-1] + N, seed=8)  # rows of a projection, in place
+    shift, scale, gate = wide.split([shape[-1], shape[-1], N], 1)
+    residual, ones = draw(*shape[:-1], N, seed=9), [1] * (len(shape) - 2)
+    with use_backend(backend):
+        found = packed_linear(x, packed, bias, scale=scale, shift=shift, activation="gelu", gate=gate,
+                              residual=residual)
+        h = F.layer_norm(x.double(), shape[-1:], eps=1e-6)
+        h = (h * (1 + scale.reshape(shape[0], *ones, shape[-1])) + shift.reshape(shape[0], *ones, shape[-1])).float()
+        y = packed_linear(h, packed, bias, activation="gelu")
+        expected = residual + gate.reshape(shape[0], *ones, N) * y
+        close = {"fp32": 1e-5, "bf16": 3e-2, "int8": 5e-2}[precision]  # a code or bfloat16 may round to the other side
+        assert not x.numel() or (found - expected).abs().max() <= close * y.abs().max()
+        assert (found - expected).norm() <= close / 5 * y.norm() + 1e-6 * expected.norm()
+        kept = residual.clone()
+        over = packed_linear(x, packed, bias, scale=scale, shift=shift, activation="gelu", gate=gate, residual=kept,
+                             overwrite=True)
+    assert over is kept and same_bits(over, found)
+
+
+@needs_native
+def test_norm_before_codes_and_half_precision():
+    x, weight, bias = operands((2, 9, 40), 24)
+    scale, shift = draw(2, 40, seed=5), draw(2, 40, seed=6)
+    for precision, options in itertools.product(PRECISIONS, ({"reader": pack_linear(draw(8, 24), "int8")},
+                                                             {"out_dtype": torch.bfloat16})):
+        packed = pack_linear(weight, precision)
+        found = packed_linear(x, packed, bias, scale=scale, shift=shift, **options)
+        floats = packed_linear(x, packed, bias, scale=scale, shift=shift)
+        if "reader" in options:
+            assert torch.equal(found.codes, quantize(floats)[0]) and same_bits(found.scale, quantize(floats)[1])
+        else:
+            assert torch.equal(found, floats.bfloat16())
+
+
 # promises
 
 @needs_native
@@ -300,6 +344,14 @@ BAD = [
     (lambda: packed_linear(CODES, W), ValueError, "x are codes, which are for 'int8' and cannot be normed; .* 'fp32'"),
     (lambda: packed_linear(Codes(X, CODES.scale), INT8), TypeError, "x is torch.float32 on cpu; expected torch.uint8"),
     (lambda: packed_linear(Codes(CODES.codes, torch.zeros(3)), INT8), ValueError, r"the scale of x has shape \(3,\)"),
+    (lambda: packed_linear(X, W, scale=X[:1]), ValueError, "got one of scale and shift; expected both or none"),
+    (lambda: packed_linear(X, W, gate=X[:, :5]), ValueError, "got one of gate and residual"),
+    (lambda: packed_linear(X, W, scale=X[:1], shift=X), ValueError, r"scale has shape \(1, 6\); expected \[4,6\]"),
+    (lambda: packed_linear(X, W, scale=X, shift=X.half()), TypeError, "shift is torch.float16"),
+    (lambda: packed_linear(X, W, gate=X, residual=X), ValueError, r"gate has shape \(4, 6\); expected \[4,5\]"),
+    (lambda: packed_linear(X, W, gate=X[:, :5], residual=X), ValueError, r"residual has shape \(4, 6\)"),
+    (lambda: packed_linear(X, W, overwrite=True), ValueError, "overwrite is for a float32 result over a residual"),
+    (lambda: packed_linear(CODES, INT8, scale=X, shift=X), ValueError, "cannot be normed"),
     (lambda: packed_linear(X, W, reader=INT8), ValueError, "reader is 'int8' of 6 inputs; expected 'int8' of 5"),
     (lambda: packed_linear(X, W, reader=pack_linear(torch.ones(2, 5))), ValueError, "reader is 'fp32' of 5 inputs"),
 ]

@@ -108,10 +108,10 @@ def _pack(model, precision, example_inputs):
         frozen.set_submodule(path, product)
     _fuse_gelus(frozen)
     _hand_on(frozen, precision)
-    fuse_blocks(frozen)
+    workspaces = fuse_blocks(frozen)
     keep_freed_memory()
     modulations = make_hoistable(frozen)
-    return Packed(frozen.requires_grad_(False), weakref.ref(model), packed, modulations)
+    return Packed(frozen.requires_grad_(False), weakref.ref(model), packed, modulations, workspaces)
 
 
 def _accelerated(model):

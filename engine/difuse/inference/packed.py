@@ -53,19 +53,21 @@ class PackedProduct(nn.Module):
         """All that it holds."""
         return [*self.packed.tensors(), *(() if self.bias is None else (self.bias,))]
 
-    def forward(self, x, **around):
-        """around: what `packed_linear` does in the same pass, a norm before and a gate after the product.
+    @property
+    def activation(self):
+        """The name that `packed_linear` has for the GELU."""
+        return _ACTIVATION[self.gelu]
 
-        Raises TypeError for another dtype, RuntimeError where a gradient is asked for.
-        """
+    def forward(self, x):
+        """Raises TypeError for another dtype, RuntimeError where a gradient is asked for."""
         if not isinstance(x, Codes):
             if x.dtype != torch.float32 and not (x.dtype == torch.bfloat16 and self.precision != "fp32"):
                 raise TypeError(f"a frozen model's product got {x.dtype}; expected torch.float32. Convert the inputs "
                                 "with .float(), and call it outside of torch.autocast")
             if torch.is_grad_enabled() and x.requires_grad:
                 raise RuntimeError("a frozen model has no gradients; call it under torch.no_grad()")
-        return packed_linear(x, self.packed, self.bias, activation=_ACTIVATION[self.gelu], out_dtype=self.out_dtype,
-                             reader=self.reader and self.reader.packed, **around)  # [...,N]
+        return packed_linear(x, self.packed, self.bias, activation=self.activation, out_dtype=self.out_dtype,
+                             reader=self.reader and self.reader.packed)  # [...,N]
 
     def extra_repr(self):
         return f"{self.in_features}, {self.out_features}, {self.precision}, gelu={self.gelu}"

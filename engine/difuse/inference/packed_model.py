@@ -12,9 +12,9 @@ from difuse.models import DiT
 class Packed(Frozen):
     """A `Frozen` on a CPU, which cannot be saved either: its weights are packed."""
 
-    def __init__(self, model, source, packed, modulations):
+    def __init__(self, model, source, packed, modulations, workspaces):
         super().__init__(model, source, (torch.float32, torch.device("cpu")))
-        self._packed, self._modulations, self._alone = packed, modulations, False
+        self._packed, self._modulations, self._workspaces, self._alone = packed, modulations, workspaces, False
 
     @torch.no_grad()
     def forward(self, *args, **kwargs):
@@ -57,10 +57,11 @@ class Packed(Frozen):
         return self  # which names what is wrong with a label
 
     def memory(self):
-        """Bytes by kind: "packed" weights and their biases, and the "other" ones."""
+        """Bytes by kind: "packed" weights and biases, the "other" ones, this thread's "buffers" of activations."""
         packed = [tensor for product in set(self._packed.values()) for tensor in product.tensors()]
         return {kind: sum(t.numel() * t.element_size() for t in tensors) for kind, tensors in (
-            ("packed", packed), ("other", [tensor for _, tensor in self._others()]))}
+            ("packed", packed), ("other", [tensor for _, tensor in self._others()]))} | {
+                "buffers": self._workspaces.here.nbytes()}
 
     def _read(self, source):
         for path, product in self._packed.items():

@@ -125,7 +125,7 @@ def pack_linear(weight, precision="fp32", smooth=None):
 
 def packed_linear(x, weight, bias=None, *, scale=None, shift=None, eps=1e-6, activation="none", gate=None,
                   residual=None, overwrite=False, out_dtype=torch.float32, reader=None):
-    """residual + gate * act(h W^T + bias): [...,N] in `out_dtype`, or Codes where `reader`, an int8 PackedWeight, takes it.
+    """residual + gate * act(h W^T + bias): [...,N] in `out_dtype`, or Codes where `reader`, an int8 weight, takes it.
 
     bias [N]. scale, shift [B,K], both or none: x [B,...,K] is normed and modulated first. gate [B,N] and residual
     [B,...,N], both or none; overwrite: the result is written over residual. All float32. Raises ValueError or TypeError

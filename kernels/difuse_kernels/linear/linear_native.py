@@ -4,7 +4,8 @@ import torch
 from difuse_kernels import native
 
 
-def packed_linear(x, x_scale, scale, shift, eps, weight, bias, activation, gate, residual, overwrite, out_dtype, reader):
+def packed_linear(x, x_scale, scale, shift, eps, weight, bias, activation, gate, residual, overwrite, out_dtype,
+                  reader):
     """residual + gate * act(h W^T + bias), or (codes, scale) for the reader."""
     N, K = weight.shape
     shape = (*x.shape[:-1], N)

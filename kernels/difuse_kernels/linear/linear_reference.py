@@ -14,10 +14,16 @@ def quantize(x, smooth=None):
     return codes.add(128).clamp(0, 255).to(torch.uint8), scale
 
 
-def packed_linear(x, x_scale, scale, shift, eps, weight, bias, activation, gate, residual, overwrite, out_dtype, reader):
+def _per_sample(modulation, x):
+    """[B,N] as [B,1,...,N], with as many dimensions as x has."""
+    return modulation.reshape(len(modulation), *(1 for _ in x.shape[2:]), modulation.shape[1])
+
+
+def packed_linear(x, x_scale, scale, shift, eps, weight, bias, activation, gate, residual, overwrite, out_dtype,
+                  reader):
     """residual + gate * act(h W^T + bias), or (codes, scale) for the reader."""
     if scale is not None:
-        scale, shift = (rows.view(-1, *(1 for _ in x.shape[2:]), rows.shape[-1]) for rows in (scale, shift))
+        scale, shift = _per_sample(scale, x), _per_sample(shift, x)
         x = F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift  # [B,...,K]
     if weight.precision == "int8":
         codes, x_scale = (x, x_scale) if x_scale is not None else quantize(x.float(), weight.smooth)
@@ -29,7 +35,7 @@ def packed_linear(x, x_scale, scale, shift, eps, weight, bias, activation, gate,
     y = y if bias is None else y + bias
     y = y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     if gate is not None:
-        y = residual + gate.view(-1, *(1 for _ in x.shape[2:]), gate.shape[-1]) * y
+        y = residual + _per_sample(gate, x) * y
     if overwrite:
         return residual.copy_(y)
     return y.to(out_dtype) if reader is None else quantize(y, reader.smooth)
