@@ -22,6 +22,7 @@ TRAJECTORIES = {("DiT-S/2", 8), ("DiT-XL/2", 2)}  # the batch is that of a guide
 TRAJECTORY, STEPS = "DDIM trajectory", 4
 PROCESS = VP("linear")
 PRECISIONS = ("fp32", "bf16", "int8")
+PAUSE = 0.2  # seconds, see benchmarks.timing
 INT8_ERROR = 0.05  # of a result, rms over rms: a few rounding steps of every product of the blocks
 WIDE = ("DiT-S/2", "DiT-XL/2")
 TARGETS = (*(Target(WIDE, FORWARD, metric, value, (precision,)) for precision, metric, value in (
@@ -130,6 +131,6 @@ def judged(row, calls, truth, half=None):
     row["gate"] = verdict([("out", errors["difuse"], allowed, errors["difuse"] <= allowed)])
     row["errors"] = {name: value if math.isfinite(value) else None for name, value in errors.items()}
     if row["gate"]["ok"]:
-        row |= versus(calls)
+        row |= versus(calls, pause=PAUSE)
         row["targets"] = [target.judge(row) for target in TARGETS if target.fits(row)]
     return row

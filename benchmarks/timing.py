@@ -24,10 +24,12 @@ class Timing:
     inner: int
 
 
-def interleaved(contenders, runs=RUNS, least=LEAST, seconds=None):
+def interleaved(contenders, runs=RUNS, least=LEAST, seconds=None, pause=0.0):
     """{name: Timing} of the functions in `contenders` {name: function without arguments}.
 
     seconds(function, inner) measures `inner` calls and returns the seconds of one; default: this process's clock.
+    pause: seconds before every measurement. Engines with threads of their own need it: these go on spinning for a
+    while when their call is done, on the cores of whoever comes next.
     """
     if runs < RUNS:
         raise ValueError(f"interleaved: {runs} runs; expected at least {RUNS} for a median")
@@ -42,6 +44,7 @@ def interleaved(contenders, runs=RUNS, least=LEAST, seconds=None):
         for run in range(runs):
             first = run % len(names)
             for name in names[first:] + names[:first]:
+                time.sleep(pause)
                 samples[name].append(seconds(contenders[name], inner[name]))
     finally:
         if collecting:
