@@ -229,7 +229,7 @@ def test_what_passes_between_blocks_is_float32(name):
 
 @pytest.mark.parametrize("name", ["tiny", "facebook_dit", "dit"])
 def test_bfloat16_is_handed_on_where_the_reader_would_round(name, model):
-    """Through an MLP the same bits: what the reader would round is rounded before it. Attention computes on it."""
+    """What the reader of an MLP's first product would round is rounded before it; attention computes on it."""
     inputs = dict(zip("xty", CALL, strict=True))
     if name != "tiny":
         model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
@@ -246,7 +246,7 @@ def test_bfloat16_is_handed_on_where_the_reader_would_round(name, model):
     for path, module in handing.items():
         if not path.endswith("qkv"):
             module.out_dtype = torch.float32
-    assert torch.equal(out(frozen, **inputs), found)
+    assert error(out(frozen, **inputs), found) < 2e-3  # of a GELU that is rounded next
     for module in handing.values():
         module.out_dtype = torch.float32
     assert error(out(frozen, **inputs), found) < 0.01
