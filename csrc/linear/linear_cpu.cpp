@@ -25,7 +25,7 @@ constexpr int kPanel = kVectors * VL;
 constexpr int kTile = tile_rows(kVectors);
 // A sum of floats runs over so many of them in one go, as the libraries' do: one chain of 4608 would err three times as
 // much. Beside what bfloat16 rounds that is nothing, and integers do not err.
-constexpr int64_t kChain = 256;
+constexpr int64_t kChain = 384;
 constexpr int64_t kMostRows = 256;        // of a block: each panel, read from L3 or memory, serves them all
 constexpr int64_t kOperandFloats = 1 << 19, kResultFloats = 1 << 18;  // of a block, in scratch: twice a common L2, one
 
