@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [ops|linear|model|frozen|train|engine|all]`: difuse against eager PyTorch and torch.compile.
+"""`python -m benchmarks.run [ops|linear|model|frozen|train|engine|all]`: difuse against eager and torch.compile.
 
 A speed is printed only after the correctness gate of the same case and dtype has passed. Rivals take turns in one
 process; times are medians of at least 7 runs with their spread (inter-quartile range). Writes one JSON file and one

@@ -98,12 +98,12 @@ struct Queue {
              const Tensor& bias, const char* activation, const Tensor& gate, const Tensor& residual,                   \
              const Tensor& next_smooth, const Tensor& out, const Tensor& out_scale))                                   \
   /* A block of DiT: x, out [M,D] f32, which may be one; modulation [B,6D] f32; qkv, proj, fc1, fc2: packed weight, its\
-     scale, sums, smooth, and bias, as `linear` takes them. projected [M,3D], attended [M,D], hidden [M,F] (u8 with    \
-     hidden_scale f32 [M], or of any float dtype) are scratch. */                                                      \
+     scale, sums, smooth, and bias, as `linear` takes them; where k and v are not empty qkv is q's alone. projected    \
+     [M,3D], attended [M,D], hidden [M,F] (u8 with hidden_scale f32 [M], or of any float dtype) are scratch. */        \
   X(dit_block, (const Tensor& x, const Tensor& modulation, int64_t heads, float eps1, float eps2,                      \
-                const TensorList& qkv, const TensorList& proj, const TensorList& fc1, const char* activation,          \
-                const TensorList& fc2, const Tensor& projected, const Tensor& attended, const Tensor& hidden,          \
-                const Tensor& hidden_scale, const Tensor& out))                                                        \
+                const TensorList& qkv, const TensorList& k, const TensorList& v, const TensorList& proj,               \
+                const TensorList& fc1, const char* activation, const TensorList& fc2, const Tensor& projected,         \
+                const Tensor& attended, const Tensor& hidden, const Tensor& hidden_scale, const Tensor& out))          \
   /* layout i32 [3]: outputs in a panel of a packed weight, outputs in a vector, largest exact 8-bit number of one. */ \
   X(linear_layout, (const Tensor& layout))
 

@@ -85,6 +85,17 @@ def test_the_bits_of_its_parts(shape, precision):
     assert torch.equal(found, packed_linear(h, *fc2, gate=gate2, residual=y))
 
 
+@each_backend
+@each_precision
+def test_queries_keys_and_values_apart(precision, backend):
+    x, modulation, (qkv, *others) = inputs(2, 9, 48, 96)
+    apart = [(pack_linear(w, precision), b) for w, b in zip(qkv[0].chunk(3), qkv[1].chunk(3), strict=True)]
+    others = packed(others, precision)
+    with use_backend(backend):
+        expected = dit_block(x, modulation, *packed([qkv], precision), *others, heads=2)
+        assert torch.equal(dit_block(x, modulation, apart, *others, heads=2), expected)
+
+
 @needs_native
 @each_precision
 def test_a_sample_depends_on_no_other_and_on_no_number_of_threads(precision):
@@ -145,6 +156,7 @@ BAD = [
     (lambda: dit_block(X, MODULATION, QKV, PROJ, FC1, FC2, heads=3), ValueError, "3 heads share 16 channels"),
     (lambda: dit_block(X, MODULATION, QKV, PROJ, FC1, FC2, heads=4), ValueError, "expected a multiple of 8"),
     (lambda: dit_block(X, MODULATION, PROJ, PROJ, FC1, FC2, heads=2), ValueError, r"qkv is \(16, 16\); expected a P"),
+    (lambda: dit_block(X, MODULATION, [PROJ, QKV, PROJ], PROJ, FC1, FC2, heads=2), ValueError, "k of qkv is"),
     (lambda: dit_block(X, MODULATION, QKV, PROJ, FC1, FC1, heads=2), ValueError, r"fc2 is \(24, 16\); expected"),
     (lambda: dit_block(X, MODULATION, QKV, (PROJ[0], QKV[1]), FC1, FC2, heads=2), ValueError, "the bias of proj is"),
     (lambda: dit_block(X, MODULATION, QKV, PROJ, FC1, FC2, heads=2, activation="relu"), ValueError, "activation is"),

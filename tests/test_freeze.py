@@ -16,7 +16,9 @@ from torch import nn
 
 import difuse
 from difuse.diffusion import VP
+from difuse.inference import fused_block
 from difuse.inference.packed import PackedProduct
+from difuse_kernels import dit_block
 from difuse_kernels.linear.linear import layout
 from tests.tiny_training import tiny_model
 
@@ -210,6 +212,85 @@ def test_an_accelerated_model_keeps_its_backend_and_accelerating_again_is_harmle
     report = difuse.accelerate(frozen)
     assert report.blocks == (3, 3) and "reference" not in frozen.transformer_blocks[0].forward.args
     assert error(out(frozen, **inputs), expected) < 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["tiny", "facebook_dit", "sit", "dit"])
+@pytest.mark.filterwarnings("ignore:difuse.freeze")
+def test_blocks_run_in_one_call_and_part_by_part_where_somebody_watches(name, precision, model, monkeypatch):
+    inputs, calls = dict(zip("xty", CALL, strict=True)), []
+    if name != "tiny":
+        model, inputs = load(name).build().eval(), load(name).inputs(torch.float32)
+    if name in ("facebook_dit", "sit"):
+        monkeypatch.setattr(Mlp, "__module__", "timm.layers.mlp")
+        for block in model.blocks:
+            block.mlp = Mlp("tanh").eval()
+    monkeypatch.setattr(fused_block, "dit_block", lambda *args, **kwargs: calls.append(1) or dit_block(*args, **kwargs))
+    frozen = difuse.freeze(model, precision)
+    found = out(frozen, **inputs)
+    blocks = len(frozen.transformer_blocks if name == "dit" else frozen.blocks)
+    assert len(calls) == blocks and error(found, out(model, **inputs)) < {"fp32": 1e-5}.get(precision, 0.05)
+    seen = []
+    part = (frozen.transformer_blocks[0].ff if name == "dit" else frozen.blocks[0].mlp)
+    part.register_forward_hook(lambda *_: seen.append(1))
+    again = out(frozen, **inputs)
+    assert len(seen) == 1 and len(calls) == 2 * blocks - 1
+    assert error(again, found) < {"fp32": 1e-5}.get(precision, 0.05)
+
+
+@pytest.mark.parametrize("change", [
+    lambda block: setattr(block.mlp, "act", nn.SiLU()), lambda block: setattr(block, "mlp", GatedMlp("tanh").eval()),
+    lambda block: setattr(block.attn, "proj", SpecialLinear(48, 48))], ids=["activation", "forward", "product"])
+def test_a_block_that_is_not_whole_runs_part_by_part(change, monkeypatch):
+    monkeypatch.setattr(Mlp, "__module__", "timm.layers.mlp")
+    model, inputs = load("facebook_dit").build().eval(), load("facebook_dit").inputs(torch.float32)
+    for block in model.blocks:
+        block.mlp = Mlp("tanh").eval()
+    change(model.blocks[0])
+    frozen = difuse.freeze(model)
+    fused = [getattr(vars(block).get("forward"), "func", None) is fused_block._facebook_block
+             for block in frozen.blocks]
+    assert fused == [False] + [True] * (len(fused) - 1)
+    assert error(out(frozen, **inputs), out(model, **inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("processor", ["AttnProcessor", "XFormersAttnProcessor"])
+def test_a_processor_that_is_changed_later_is_used(processor, model):
+    attention = pytest.importorskip("diffusers.models.attention_processor")
+    model, inputs, calls = load("dit").build().eval(), load("dit").inputs(torch.float32), []
+    frozen = difuse.freeze(model)
+    expected = out(frozen, **inputs)
+
+    class Mine(getattr(attention, processor)):
+        def __call__(self, attn, x, *args, **kwargs):
+            calls.append(1)
+            return 0 * x
+
+    frozen.transformer_blocks[1].attn1.processor = Mine()
+    assert error(out(frozen, **inputs), expected) > 0.01 and len(calls) == 1
+
+
+def test_a_backend_that_was_asked_for_is_not_left():
+    model, inputs = load("dit").build().eval(), load("dit").inputs(torch.float32)
+    difuse.accelerate(model, backend="reference")
+    frozen = difuse.freeze(model)
+    assert all("reference" in block.forward.args for block in frozen.transformer_blocks)
+    difuse.restore(model)
+    assert error(out(frozen, **inputs), out(model, **inputs)) < 1e-5
+
+
+def test_large_activations_stay_in_buffers_of_their_own():
+    """Each thread's own, taken once."""
+    model = tiny_model(input_size=32, in_channels=4, hidden_size=64, depth=2, num_heads=2).eval()
+    frozen, call = difuse.freeze(model), (torch.randn(8, 4, 32, 32), torch.arange(8), torch.zeros(8, dtype=torch.int64))
+    out(frozen, *call)
+    tokens = 8 * model.grid[0] * model.grid[1]
+    assert frozen.memory()["buffers"] == 4 * tokens * 64 * (3 + 1 + 4)
+    before = {key: buffer.data_ptr() for key, buffer in frozen._workspaces.here._buffers.items()}
+    out(frozen, *call)
+    assert {key: buffer.data_ptr() for key, buffer in frozen._workspaces.here._buffers.items()} == before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: frozen.memory()["buffers"]).result() == 0
 
 
 def test_default_dtype_and_inference_mode(model):

@@ -41,13 +41,17 @@ void product(const Tensor& x, const Tensor& x_scale, const Norm& norm, const Ten
 }  // namespace
 
 void dit_block(const Tensor& x, const Tensor& modulation, int64_t heads, float eps1, float eps2, const TensorList& qkv,
-               const TensorList& proj, const TensorList& fc1, const char* activation, const TensorList& fc2,
-               const Tensor& projected, const Tensor& attended, const Tensor& hidden, const Tensor& hidden_scale,
-               const Tensor& out) {
+               const TensorList& k, const TensorList& v, const TensorList& proj, const TensorList& fc1,
+               const char* activation, const TensorList& fc2, const Tensor& projected, const Tensor& attended,
+               const Tensor& hidden, const Tensor& hidden_scale, const Tensor& out) {
   const int64_t B = modulation.size[0], D = x.size[1];
   if (x.size[0] == 0) return;
   const auto chunk = [&](int64_t i) { return columns(modulation, i * D, D); };  // shift, scale, gate of both halves
-  product(x, kNone, {chunk(1), chunk(0), eps1}, qkv, "none", {}, kNone, projected, kNone);
+  const Norm norm = {chunk(1), chunk(0), eps1};
+  if (k.n == 0) product(x, kNone, norm, qkv, "none", {}, kNone, projected, kNone);
+  else
+    for (int64_t i = 0; i < 3; ++i)
+      product(x, kNone, norm, i == 0 ? qkv : i == 1 ? k : v, "none", {}, kNone, columns(projected, i * D, D), kNone);
   const auto part = [&](int64_t i) { return by_heads(columns(projected, i * D, D), B, heads); };
   attention_forward(part(0), part(1), part(2), kNone, kNone, float(1 / std::sqrt(double(D / heads))),
                     by_heads(attended, B, heads), kNone);

@@ -20,17 +20,24 @@ class Embedded:
         self.timestep, self.embedding, self.dtype = timestep, embedding, dtype
 
 
+def modulation_of(norm, timestep, class_labels, hidden_dtype, emb=None):
+    """shift, scale, gate of attention, then of the MLP, side by side [B,6*D], by an AdaLayerNormZero."""
+    embedded, timestep = (timestep, timestep.timestep) if isinstance(timestep, Embedded) else (None, timestep)
+    if embedded is not None and embedded.dtype == hidden_dtype:
+        emb = embedded.embedding
+    elif norm.emb is not None:
+        emb = norm.emb(timestep, class_labels, hidden_dtype=hidden_dtype)  # [B,D]
+    return norm.linear(norm.silu(emb))  # [B,6*D]
+
+
 @register(_NORMALIZATION + "AdaLayerNormZero", refuses=_not_plain, ops=("norm_modulate",), kind="part")
 def ada_layer_norm_zero(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
     """x [B,S,D], timestep perhaps `Embedded` -> modulated norm; gate_msa, shift_mlp, scale_mlp, gate_mlp [B,D]."""
-    embedded, timestep = (timestep, timestep.timestep) if isinstance(timestep, Embedded) else (None, timestep)
     if watched(self.norm):
+        timestep = timestep.timestep if isinstance(timestep, Embedded) else timestep
         return type(self).forward(self, x, timestep, class_labels, hidden_dtype, emb)
-    if embedded is not None and embedded.dtype == hidden_dtype:
-        emb = embedded.embedding
-    elif self.emb is not None:
-        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)  # [B,D]
-    shift_msa, scale_msa, *others = rows(self.linear(self.silu(emb)), x).chunk(6, dim=1)  # each [B,D]
+    modulation = modulation_of(self, timestep, class_labels, hidden_dtype, emb)
+    shift_msa, scale_msa, *others = rows(modulation, x).chunk(6, dim=1)  # each [B,D]
     x = x.contiguous()  # a patch embedding's convolution leaves the channels strided
     return norm_modulate(x, scale_msa, shift_msa, eps=self.norm.eps), *others
 

@@ -5,8 +5,9 @@
 
 x [B,S,D] float32; modulation [B,6*D] float32 holds shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp side
 by side; the four products are pairs of a PackedWeight and a bias [N] or None, see `packed_linear`, which tells what is
-rounded. Between qkv and attention and, unless fc2 is an int8 weight, between fc1 and fc2 numbers are of `dtype`;
-before fc2 of int8 they are codes. For inference on CPUs, like packed_linear: no gradients, nothing of it in explain().
+rounded; qkv may be a list of three such pairs. Between qkv and attention and, unless fc2 is an int8 weight, between fc1
+and fc2 numbers are of `dtype`; before fc2 of int8 they are codes. For inference on CPUs, like packed_linear: there are
+no gradients, and nothing of it is in explain().
 """
 import torch
 
@@ -43,12 +44,14 @@ def dit_block(x, modulation, qkv, proj, fc1, fc2, *, heads, activation="gelu_tan
     workspace: a Workspace that no other thread uses meanwhile. Raises ValueError or TypeError for a wrong shape, dtype
     or device.
     """
-    _check(x, modulation, heads, {"qkv": (qkv, 3, 1), "proj": (proj, 1, 1), "fc1": (fc1, None, 1),
-                                  "fc2": (fc2, 1, None)})
+    three = isinstance(qkv, list)
+    first = {f"{name} of qkv": (pair, 1, 1) for name, pair in zip("qkv", qkv, strict=True)} if three else {
+        "qkv": (qkv, 3, 1)}
+    _check(x, modulation, heads, {**first, "proj": (proj, 1, 1), "fc1": (fc1, None, 1), "fc2": (fc2, 1, None)})
     check_one_of("dit_block", "activation", activation, ACTIVATIONS)
     check_one_of("dit_block", "dtype", dtype, KERNEL_DTYPES)
     backend = dit_block_reference if native.ext is None or forced_backend() == "reference" else dit_block_native
-    return backend.dit_block(x, modulation, qkv, proj, fc1, fc2, heads, activation, eps, dtype,
+    return backend.dit_block(x, modulation, qkv if three else [qkv], proj, fc1, fc2, heads, activation, eps, dtype,
                              workspace or Workspace(), overwrite)
 
 

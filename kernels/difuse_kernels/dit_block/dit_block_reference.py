@@ -17,7 +17,8 @@ def dit_block(x, modulation, qkv, proj, fc1, fc2, heads, activation, eps, dtype,
                               reader)
         return found if reader is None else Codes(*found)
 
-    h = product(x, qkv, scale=scale_msa, shift=shift_msa, eps=eps[0], out_dtype=dtype)  # [B,S,3*D]
+    h = torch.cat([product(x, pair, scale=scale_msa, shift=shift_msa, eps=eps[0], out_dtype=dtype) for pair in qkv],
+                  -1)  # [B,S,3*D]
     h = h.unflatten(-1, (3, heads, -1))  # [B,S,3,H,Dh]
     attended = attention_packed(h, None, None, h.shape[-1] ** -0.5).flatten(2)  # [B,S,D]
     y = product(attended, proj, gate=gate_msa, residual=x)  # [B,S,D]
