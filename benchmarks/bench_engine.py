@@ -1,7 +1,9 @@
-"""difuse.Engine against the same requests one at a time: by difuse ("alone"), and by the plain twin ("eager")."""
+"""difuse.Engine on a frozen model against the same requests one at a time: by that model, and by the plain twin."""
 import torch
 
+import difuse
 from benchmarks import bench_model, rivals
+from benchmarks.bench_frozen import PAUSE
 from benchmarks.bench_ops import DTYPES, Target
 from difuse.diffusion import SAMPLERS, VP, initial_noise
 from difuse.inference.engine import Engine
@@ -56,7 +58,7 @@ def serving_rows(family, dtype_name, ceilings, quick=False, compiles=False, skip
     if skipped:
         return [{**row, "skipped": skipped}]
     plain, exact = InDtype(rivals.PlainDiT.like(model), dtype), InDtype(rivals.PlainDiT.like(model), torch.float64)
-    model = model.eval().to(dtype)
+    model = difuse.freeze(model.eval(), dtype_name)
     with Engine(model, process=PROCESS, prediction=PREDICTION, max_batch=ROWS) as engine:
         contenders = {
             "difuse": lambda: torch.stack([f.result() for f in [engine.submit(request) for request in requests]]),
@@ -64,7 +66,7 @@ def serving_rows(family, dtype_name, ceilings, quick=False, compiles=False, skip
             "alone": lambda: one_at_a_time(model, requests, shape)}
         with use_backend("reference"):
             truth = one_at_a_time(exact, requests, shape)
-        row |= bench_model.race(contenders, truth, dtype)
+        row |= bench_model.race(contenders, truth, dtype, pause=PAUSE)
     if "times" in row:
         row["targets"] = [TARGET.judge(row)]
     return [row]

@@ -11,6 +11,7 @@ import difuse
 import difuse_kernels
 from benchmarks import bench_engine, bench_frozen, bench_model, bench_ops, bench_train, rivals, roofline, run, timing
 from difuse.models import DiT
+from difuse_kernels import dit_block
 from difuse_kernels.dispatch import OPS
 from difuse_kernels.testing.case import Case
 from difuse_kernels.testing.cases import cases
@@ -339,8 +340,8 @@ def test_a_wrong_model_yields_no_speed(tiny_cases, monkeypatch, rows):
 
 
 def test_a_wrong_frozen_model_yields_no_speed_in_any_precision(tiny_cases, monkeypatch):
-    wrong(monkeypatch, "attention_packed", lambda out: out * 1.001)
-    monkeypatch.setattr("difuse.models.layers.attention_packed", difuse_kernels.attention_packed)
+    monkeypatch.setattr("difuse.inference.fused_block.dit_block", lambda *args, **kwargs: 1.001 * dit_block(
+        *args, **kwargs))
     (row,) = bench_frozen.rows("DiT-tiny", 2, ["fp32", "int8"], CEILINGS, quick=True)
     assert not row["gate"]["ok"] and "times" not in row
 
@@ -369,8 +370,8 @@ def test_a_run_writes_its_report_and_prints_it(tiny_cases, tmp_path, capsys):
     assert machine["torch"] == torch.__version__ and machine["threads"] == torch.get_num_threads()
     for key in ("cpu", "cores", "python", "difuse", "commit", "date", "load_average"):
         assert machine[key] is not None and str(machine[key]) in text
-    assert {row["op"] for row in report["rows"]} == {*OPS, "DiT-tiny"}
-    assert {row["group"] for row in report["rows"]} == {"ops", "model", "frozen", "train", "engine"}
+    assert {row["op"] for row in report["rows"]} == {*OPS, "packed_linear", "DiT-tiny"}
+    assert {row["group"] for row in report["rows"]} == {"ops", "linear", "model", "frozen", "train", "engine"}
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(report["rows"]) and len({line.count("|") for line in table}) == 1
     assert "GB/s into fresh memory" in text and "GFLOP/s fp32" in text and "±" in text

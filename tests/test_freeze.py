@@ -387,6 +387,40 @@ def test_a_model_that_is_let_go_gives_its_memory_back():
     assert returned > 0.8 * size
 
 
+PEAK = """
+import gc, re, sys
+import torch
+import difuse
+from difuse.models import DiT
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+torch.set_grad_enabled(False)
+call = torch.randn(2, 4, 16, 16), torch.arange(2), torch.zeros(2, dtype=torch.int64)
+size = dict(patch_size=2, in_channels=4, num_classes=10)
+difuse.freeze(DiT(16, hidden_size=64, depth=1, num_heads=2, **size).eval(), sys.argv[1])(*call)  # threads, code
+before = status("VmRSS")
+model = DiT(16, hidden_size=1024, depth=6, num_heads=16, **size).eval()
+frozen = difuse.freeze(model, sys.argv[1])
+del model
+gc.collect()
+frozen(*call)
+open("/proc/self/clear_refs", "w").write("5")  # the peak begins here
+frozen(*call)
+print((status("VmHWM") - before) / sum(frozen.memory().values()))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "LD_PRELOAD" in os.environ, reason="another allocator")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not reset peaks here")
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_call_needs_its_weights_and_a_block_of_activations(precision):
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", PEAK, precision], cwd=ROOT, capture_output=True,
+                         text=True, check=True)
+    assert 0.9 < float(ran.stdout) < 1.1
+
+
 # refreshed
 
 @pytest.mark.filterwarnings("ignore:difuse.freeze")
