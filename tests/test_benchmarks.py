@@ -334,6 +334,8 @@ def test_engine_rows(tiny_cases, dtype):
 def test_a_wrong_model_yields_no_speed(tiny_cases, monkeypatch, rows):
     wrong(monkeypatch, "attention_packed", lambda out: out * 1.001)
     monkeypatch.setattr("difuse.models.layers.attention_packed", difuse_kernels.attention_packed)
+    monkeypatch.setattr("difuse.inference.fused_block.dit_block", lambda *args, **kwargs: 1.001 * dit_block(
+        *args, **kwargs))
     for row in rows("DiT-tiny", "fp32", CEILINGS, quick=True):
         assert not row["gate"]["ok"] and "times" not in row
         assert run.cells(row)[-1].startswith("WRONG")
