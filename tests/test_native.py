@@ -104,14 +104,14 @@ print(json.dumps([before, tasks() - start, runtimes, "_native" in maps]))
 
 
 @needs_native
-@pytest.mark.parametrize("isa", ["v2", "v3", "v4", "v4_bf16", "nonsense"])
+@pytest.mark.parametrize("isa", ["v2", "v3", "v4", "v4_vnni", "v4_bf16", "nonsense"])
 def test_every_instruction_set_runs_or_says_why_not(isa):
     """The same error budget holds for each, so they are within rounding of each other."""
     if isa != "nonsense" and isa not in native.ext.isas():
         pytest.skip(f"this build holds {native.ext.isas()}")
     flags = set(re.search(r"flags\s*:(.*)", Path("/proc/cpuinfo").read_text())[1].split())
     wants = {"v2": {"sse4_2"}, "v3": {"avx2", "fma"}, "v4": {"avx512bw", "avx512vl"},
-             "v4_bf16": {"avx512bw", "avx512_bf16"}}
+             "v4_vnni": {"avx512bw", "avx512_vnni"}, "v4_bf16": {"avx512bw", "avx512_vnni", "avx512_bf16"}}
     ops = ["gate_residual_norm_modulate", "norm_modulate", "patchify", "sampler_step"]
     if isa == native.ext.isa():
         ops = ["sampler_step"]  # the contract suite runs all of them on it
@@ -124,6 +124,20 @@ def test_every_instruction_set_runs_or_says_why_not(isa):
     else:
         assert status != 0
         assert f"ImportError: difuse_kernels: DIFUSE_ISA={isa} cannot run here; this build and CPU support: v2" in err
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["v2", "v3", "v4", "v4_vnni"])
+def test_packed_products_and_blocks_on_every_instruction_set(isa):
+    """Theirs are the tests of what frozen models do; the newest set is the one that all of them run on."""
+    if isa not in native.ext.isas() or isa == native.ext.isa():
+        pytest.skip(f"here are {native.ext.isas()}, and {native.ext.isa()} runs anyway")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_linear.py",
+         "tests/test_dit_block.py", "-k", "norm_before_and_gate or codes_for_a_reader or errs_no_more or bits_of_its_parts"],
+        cwd=ROOT, env={**os.environ, "DIFUSE_ISA": isa}, capture_output=True, text=True)
+    if done.returncode:
+        assert f"ImportError: difuse_kernels: DIFUSE_ISA={isa} cannot run here" in done.stdout + done.stderr, done.stdout
 
 
 @pytest.fixture(scope="module")

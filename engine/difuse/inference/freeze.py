@@ -5,11 +5,11 @@
     pipe.transformer = difuse.freeze(transformer)
     frozen = difuse.freeze(model, "int8", example_inputs=[(x, t, y), ...])
 
-The copy runs our kernels as `accelerate` would have it. On a CPU its products are oneDNN's, on weights that were packed
-once. In the lower precisions those of the blocks are computed in bfloat16 or with 8-bit integers; the residual stream,
-norms, modulations, and what comes before the first block and after the last stay in float32, and so does attention,
-but in the bfloat16 of difuse's and facebookresearch's DiT, where its operands are bfloat16. On a GPU the
-forward is a CUDA graph (recorded.py).
+The copy runs our kernels as `accelerate` would have it. On a CPU its products are ours too (`packed_linear`), on
+weights that were packed once, and a block of difuse's, facebookresearch's or diffusers' DiT is one call (`dit_block`).
+In the lower precisions the products of the blocks are computed in bfloat16 or with 8-bit integers, the modulations in
+bfloat16 where the CPU multiplies it; the residual stream, norms, softmax, every sum, and what comes before the first
+block and after the last stay in float32. On a GPU the forward is a CUDA graph (recorded.py).
 """
 import copy
 import warnings
