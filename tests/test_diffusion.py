@@ -1,18 +1,34 @@
 """Processes and parameterizations, in float64 against the papers' formulas."""
+import doctest
 import json
 import math
 
 import pytest
 import torch
 
-from difuse.diffusion import PREDICTIONS, VP, Flow, coefficients, convert, diffuse, process_from_config, target
+from difuse.diffusion import (
+    EDM,
+    PREDICTIONS,
+    VESDE,
+    VP,
+    VPSDE,
+    Flow,
+    SubVPSDE,
+    coefficients,
+    convert,
+    diffuse,
+    parameterizations,
+    process_from_config,
+    target,
+)
 
-PROCESSES = [VP("linear"), VP("cosine"), VP("linear", 100), VP("cosine", 7), Flow()]
+PROCESSES = [VP("linear"), VP("cosine"), VP("linear", 100), VP("cosine", 7), Flow(), VP("scaled_linear"),
+             VP("sigmoid", 50), VPSDE(), SubVPSDE(), VESDE(), EDM()]
 
 
 def some_times(process):
     """Times inside the process: alpha and sigma both positive."""
-    if process.name == "flow":
+    if process.name != "vp":
         return torch.tensor([0.999, 0.5, 0.01, 0.25, 0.75], dtype=torch.float64)
     return torch.tensor([process.num_steps - 1, process.num_steps // 2, 0, 1, process.num_steps // 3])
 
@@ -53,11 +69,53 @@ def test_alpha_sigma(process):
     t = some_times(process)
     alpha, sigma = process.alpha_sigma(t[:4].reshape(2, 2))
     assert alpha.shape == sigma.shape == (2, 2) and alpha.dtype == sigma.dtype == torch.float64
-    total = alpha + sigma if process.name == "flow" else alpha**2 + sigma**2
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-14, atol=0)
-    times = torch.linspace(0, 1, 50) if process.name == "flow" else torch.arange(process.num_steps)
+    law = {"flow": alpha + sigma, "vp": alpha**2 + sigma**2, "vpsde": alpha**2 + sigma**2, "subvpsde": alpha**2 + sigma,
+           "vesde": alpha, "edm": alpha}[process.name]
+    torch.testing.assert_close(law, torch.ones_like(law), rtol=1e-14, atol=0)
+    times = torch.arange(process.num_steps) if process.name == "vp" else torch.linspace(0, 1, 50)
     alpha, sigma = process.alpha_sigma(times)
-    assert (alpha.diff() < 0).all() and (sigma.diff() > 0).all()
+    assert ((sigma / alpha).diff() > 0).all() and (alpha.diff() <= 0).all() and (sigma.diff() > 0).all()
+
+
+def test_continuous_processes_are_song_s():
+    """alpha and sigma of VPSDE from the integral of beta, in arbitrary steps; of VESDE the geometric series."""
+    process, t = VPSDE(0.1, 20.0), 0.7
+    integral = sum((0.1 + (20.0 - 0.1) * (i + 0.5) / 10000 * t) * t / 10000 for i in range(10000))
+    alpha, sigma = (value.item() for value in process.alpha_sigma(torch.tensor(t, dtype=torch.float64)))
+    assert alpha == pytest.approx(math.exp(-integral / 2), rel=1e-7)
+    assert sigma**2 == pytest.approx(1 - math.exp(-integral), rel=1e-7)
+    sub = SubVPSDE(0.1, 20.0).alpha_sigma(torch.tensor(t, dtype=torch.float64))
+    assert [value.item() for value in sub] == pytest.approx([alpha, 1 - math.exp(-integral)], rel=1e-7)
+    sigma = VESDE(0.01, 50.0).alpha_sigma(torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64))[1]
+    assert sigma.tolist() == pytest.approx([0.01, (0.01 * 50) ** 0.5, 50.0], rel=1e-12)
+
+
+def test_latent_diffusion_s_schedule_is_linear_in_the_root_of_beta():
+    alpha, _ = VP("scaled_linear").alpha_sigma(torch.arange(1000))
+    beta = 1 - (alpha[1:] / alpha[:-1]) ** 2
+    torch.testing.assert_close(beta.sqrt().diff().diff(), torch.zeros(997, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert beta[-1].item() == pytest.approx(0.012, rel=1e-9)
+
+
+def test_edm_s_preconditioning_is_karras_s():
+    """D = c_skip x + c_out F with c_skip = d^2 / (s^2 + d^2), c_out = s d / sqrt(s^2 + d^2), d = 0.5."""
+    s = torch.tensor([0.002, 0.3, 1.0, 7.0, 80.0], dtype=torch.float64)
+    c_skip, c_out = coefficients("edm", "x0", torch.ones_like(s), s)
+    torch.testing.assert_close(c_skip, 0.25 / (s**2 + 0.25), rtol=1e-12, atol=0)
+    torch.testing.assert_close(c_out, s * 0.5 / (s**2 + 0.25).sqrt(), rtol=1e-12, atol=0)
+
+
+def test_flow_times_are_shifted_and_stretched():
+    t = torch.linspace(1, 0.1, 10, dtype=torch.float64)
+    torch.testing.assert_close(Flow(3.0).warp(t), 3 * t / (1 + 2 * t))
+    stretched = Flow(3.0, terminal=0.1).warp(t)
+    assert stretched[0] == 1 and stretched[-1].item() == pytest.approx(0.1)
+    assert Flow.shift_of(256) == pytest.approx(math.exp(0.5)) and Flow.shift_of(4096) == pytest.approx(math.exp(1.15))
+
+
+def test_the_worked_examples_hold():
+    failed, attempted = doctest.testmod(parameterizations)
+    assert failed == 0 and attempted >= 4
 
 
 def test_model_time():
@@ -102,7 +160,7 @@ def test_conversions_are_exact(process, source, goal):
     value = target(source, x0, noise, alpha, sigma)
     got = convert(value, x_t, alpha, sigma, source=source, target=goal)
     # dividing by a small alpha or sigma enlarges the rounding of x_t: that much error, no more, can be asked for
-    loss = 1 / torch.minimum(alpha, sigma).min().item()
+    loss = 1 / torch.minimum(alpha, sigma).min().item() ** (1 + ("score" in (source, goal)))  # it is eps over sigma
     torch.testing.assert_close(got, target(goal, x0, noise, alpha, sigma), rtol=0, atol=32 * 2**-53 * 8 * loss)
     back = convert(got, x_t, alpha, sigma, source=goal, target=source)
     torch.testing.assert_close(back, value, rtol=0, atol=32 * 2**-53 * 8 * loss**2)
@@ -142,11 +200,17 @@ def test_the_ends_of_the_path():
     (lambda: Flow().alpha_sigma(torch.tensor([1])), TypeError, ["int64", "VP"]),
     (lambda: Flow().alpha_sigma(torch.tensor([0.5, 1.01])), ValueError, ["1.0", "expected 0 to 1"]),
     (lambda: Flow().alpha_sigma(torch.tensor([float("nan")])), ValueError, ["nan"]),
-    (lambda: process_from_config({"name": "ve"}), ValueError, ["'ve'", "vp, flow"]),
+    (lambda: process_from_config({"name": "ve"}), ValueError, ["'ve'", "vp, flow, vpsde, subvpsde, vesde, edm"]),
     (lambda: process_from_config({}), ValueError, ["None"]),
-    (lambda: process_from_config({"name": "flow", "schedule": "linear"}), ValueError, ["schedule", "none"]),
-    (lambda: target("score", torch.ones(1), torch.ones(1), 1.0, 0.0), ValueError, ["'score'", "eps, x0, v, flow"]),
-    (lambda: coefficients("eps", "score", 1.0, 0.5), ValueError, ["'score'"]),
+    (lambda: process_from_config({"name": "flow", "schedule": "linear"}), ValueError, ["schedule", "shift"]),
+    (lambda: target("noise", torch.ones(1), torch.ones(1), 1.0, 0.0), ValueError, ["'noise'", "eps, x0, v, flow"]),
+    (lambda: coefficients("eps", "velocity", 1.0, 0.5), ValueError, ["'velocity'"]),
+    (lambda: Flow(0.0), ValueError, ["shift is 0.0"]),
+    (lambda: Flow(terminal=1.0), ValueError, ["terminal is 1.0"]),
+    (lambda: EDM(1.0, 0.5), ValueError, ["sigma goes from 1.0 to 0.5"]),
+    (lambda: VESDE(-1.0), ValueError, ["sigma goes from -1.0"]),
+    (lambda: VPSDE(0.0), ValueError, ["beta goes from 0.0"]),
+    (lambda: VPSDE().alpha_sigma(torch.tensor([3])), TypeError, ["int64"]),
 ])
 def test_bad_input_is_refused(call, error, words):
     with pytest.raises(error) as caught:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difuse
-from difuse.diffusion import VP, Flow, ddim, initial_noise
+from difuse.diffusion import VP, Flow, Guidance, ddim, initial_noise
 from difuse.inference import graphs as graphs_module
 from difuse.inference.sample import _Done
 from difuse.models import DiT
@@ -36,13 +36,31 @@ def images(model, graphs, labels=(0, 3, 4), **changes):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(guidance=1.0), dict(sampler="ddpm"), dict(sampler="flow_euler", process=Flow(), prediction="flow"),
+    dict(), dict(guidance=1.0), dict(sampler="ddpm"), dict(sampler="euler"),
+    dict(sampler="flow_euler", process=Flow(), prediction="flow"),
     dict(steps=1), dict(batch_size=2)], ids=lambda changes: "-".join(changes) or "ddim")
 def test_images_are_those_without_graphs(changes, model, records):
     graphs, plain = difuse.Graphs(), images(model, None, **changes)
     for _ in range(2):  # recorded, then replayed
         torch.testing.assert_close(images(model, graphs, **changes), plain, rtol=0, atol=0)
     assert len(records) == len(graphs) == (1 + ("batch_size" in changes or changes.get("sampler") == "ddpm"))
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm_solver_pp_3m", "heun", "deis", "dpm_solver_pp_2m_sde", "pndm"])
+def test_histories_are_replayed_too(name, model, records):
+    """Steps that keep tensors: as many records as kinds of steps, none of them anew in a second run."""
+    graphs, plain = difuse.Graphs(keep=8), images(model, None, sampler=name, steps=9)
+    for _ in range(2):
+        torch.testing.assert_close(images(model, graphs, sampler=name, steps=9), plain, rtol=0, atol=0)
+    assert len(records) == len(graphs) <= 6
+    before = len(records)
+    changed = dict(sampler=name, steps=9, seeds=[5, 6, 7], guidance=1.2)
+    assert torch.equal(images(model, graphs, **changed), images(model, None, **changed)) and len(records) == before
+
+
+def test_what_is_not_linear_is_not_recorded(model, records):
+    with pytest.raises(ValueError, match="ddim: these steps are not linear .*expected graphs=None"):
+        images(model, difuse.Graphs(), guidance=Guidance(2.0, rescale=0.5))
 
 
 def test_replayed_with_other_coefficients_labels_and_seeds(model, records):
@@ -186,8 +204,12 @@ def test_a_bound_that_is_none_is_refused(keep):
 
 def test_a_recorded_step_takes_its_own_shapes_only(records):
     x, t = torch.zeros(2, 3, device=DEVICE), torch.ones((), device=DEVICE)
-    captured = graphs_module.Captured(lambda x, t, z: x + t, (x, t, None))
-    assert torch.equal(captured(x, t, None), x + 1) and torch.equal(x, torch.zeros_like(x))
+    captured = graphs_module.Captured(lambda x, t, z: (x + t, 2 * x), (x, t, None))
+    for _ in range(2):
+        state, other = captured(x, t, None)
+        assert torch.equal(state, x + 1) and torch.equal(other, 2 * x) and torch.equal(x, torch.zeros_like(x))
+    state, other = captured(state, t, None)  # its own buffer, as a state is
+    assert torch.equal(state, x + 2) and torch.equal(other, torch.full_like(x, 2))
     for bad, words in (((x[:1], t, None), r"input 0 is \(1, 3\) .*recorded for \(2, 3\)"),
                        ((x.double(), t, None), "torch.float64"), ((x, None, None), "input 1 is None"),
                        ((x, t, t), "input 2 is .*recorded for None")):

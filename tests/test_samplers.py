@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import difuse
-from difuse.diffusion import PREDICTIONS, SAMPLERS, VP, Flow, convert, ddim, ddpm, flow_euler, initial_noise
+from difuse.diffusion import SAMPLERS, VESDE, VP, Flow, convert, ddim, ddpm, flow_euler, initial_noise
 from difuse_kernels import use_backend
 
 SHAPE = (2, 3, 5)  # one sample: odd on purpose
@@ -75,7 +75,7 @@ TEXTBOOK = {"ddim": ddim_step, "ddpm": ddpm_step, "flow_euler": flow_euler_step}
 CASES = [(name, process, prediction, eta) for name, process, etas in (
     ("ddim", VP("linear"), (0.0, 0.6, 1.0)), ("ddim", VP("cosine", 200), (0.0,)), ("ddpm", VP("linear"), (0.0,)),
     ("ddpm", VP("cosine", 12), (0.0,)), ("flow_euler", Flow(), (0.0,)))
-    for eta in etas for prediction in PREDICTIONS if not (name == "flow_euler" and prediction == "eps")]
+    for eta in etas for prediction in (("x0", "flow") if name == "flow_euler" else ("eps", "x0", "v", "flow"))]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -193,19 +193,21 @@ def test_guidance_costs_rows_only_where_it_guides(guidance, rows):
     assert [len(x) for x, _, _, _ in model.calls] == [rows, rows]
 
 
+OPTIONS = {"ddim": {"eta": 0.7}, "euler": {"s_churn": 2.0}}
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_an_image_does_not_change_with_its_batch_mates(name):
     class Polynomial(Toy):  # the same bits for an element wherever it stands in memory
         def __call__(self, x, t, y):
             return 0.9 * x - 0.05 * x * x + (0.1 * y + 1e-4 * t)[:, None, None, None]
 
-    process = Flow() if name == "flow_euler" else VP()
-    extra = {"eta": 0.7} if name == "ddim" else {}
+    process = next(each for each in (VP(), Flow(), VESDE(0.01, 2.0)) if SAMPLERS[name].takes(each))
 
     def run(seeds, labels):
         noise, generators = initial_noise(SHAPE, seeds)
-        return SAMPLERS[name](Polynomial(), noise, process=process, steps=6, prediction="v",
-                              labels=torch.tensor(labels), guidance=1.7, generators=generators, **extra)
+        return SAMPLERS[name](Polynomial(), noise, process=process, steps=6, prediction="x0",
+                              labels=torch.tensor(labels), guidance=1.7, generators=generators, **OPTIONS.get(name, {}))
 
     together = run([11, 12, 13, 14], [0, 1, 2, 3])
     for i in range(4):
@@ -219,7 +221,7 @@ def test_an_image_does_not_change_with_its_batch_mates(name):
 def test_noise_is_drawn_only_where_it_counts(name, extra, draws):
     noise, generators = initial_noise(SHAPE, [3])
     _, fresh = initial_noise(SHAPE, [3])
-    SAMPLERS[name](Toy(), noise, process=Flow() if name == "flow_euler" else VP(), steps=5, prediction="v",
+    SAMPLERS[name](Toy(), noise, process=Flow() if name == "flow_euler" else VP(), steps=5, prediction="x0",
                    generators=generators, **extra)
     for _ in range(draws):  # the last of 5 steps lands on the data and needs no noise
         torch.randn(SHAPE, generator=fresh[0])
@@ -238,9 +240,11 @@ def test_callback_sees_every_step_and_no_gradient_is_recorded():
 
 
 def test_samplers_share_one_signature():
-    common = set(inspect.signature(ddpm).parameters)
-    assert set(inspect.signature(flow_euler).parameters) == common
+    common = set(inspect.signature(flow_euler).parameters)
+    assert set(inspect.signature(ddpm).parameters) == common | {"variance"}
     assert set(inspect.signature(ddim).parameters) == common | {"eta"}
+    for sampler in SAMPLERS.values():
+        assert set(inspect.signature(sampler).parameters) == common | set(sampler.options) and sampler.__doc__
 
 
 def test_initial_noise_is_each_seeds_own():
@@ -267,7 +271,7 @@ LABELS = torch.tensor([0, 1, 2])
     ("ddim", {"process": Flow()}, ValueError, ["process is Flow", "expected VP", "flow_euler"]),
     ("ddpm", {"process": Flow()}, ValueError, ["process is Flow", "expected VP"]),
     ("flow_euler", {"process": VP()}, ValueError, ["process is VP", "expected Flow", "ddim"]),
-    ("ddim", {"prediction": "noise"}, ValueError, ["'noise'", "eps, x0, v, flow"]),
+    ("ddim", {"prediction": "noise"}, ValueError, ["'noise'", "eps, x0, v, flow, score, edm"]),
     ("flow_euler", {"prediction": "eps"}, ValueError, ["alpha is 0"]),
     ("ddim", {"eta": 1.5}, ValueError, ["eta is 1.5"]),
     ("ddim", {"eta": -0.1}, ValueError, ["eta is -0.1"]),
@@ -287,7 +291,7 @@ LABELS = torch.tensor([0, 1, 2])
 def test_bad_input_is_refused(name, change, error, words):
     noise, generators = initial_noise(SHAPE, range(3))
     arguments = {"model": Toy(), "noise": noise, "process": Flow() if name == "flow_euler" else VP(), "steps": 3,
-                 "prediction": "v", "labels": LABELS, "generators": generators, **change}
+                 "prediction": "x0", "labels": LABELS, "generators": generators, **change}
     with pytest.raises(error) as caught:
         SAMPLERS[name](arguments.pop("model"), arguments.pop("noise"), **arguments)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -334,7 +338,7 @@ def test_sample_batches_without_changing_images():
 
 @pytest.mark.parametrize("name, process", [("ddpm", VP()), ("ddim", VP("cosine")), ("flow_euler", Flow())])
 def test_sample_runs_a_dit(name, process):
-    images = difuse.sample(tiny_model(), [0, 1, 2], sampler=name, process=process, prediction="v", steps=3)
+    images = difuse.sample(tiny_model(), [0, 1, 2], sampler=name, process=process, prediction="x0", steps=3)
     assert images.shape == (3, 1, 4, 4) and images.isfinite().all()
 
 
@@ -359,7 +363,7 @@ def test_sample_shows_progress_only_when_asked(capfd):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"sampler": "dpm"}, ["'dpm'", "ddpm, ddim, flow_euler"]),
+    ({"sampler": "unip"}, ["'unip'", "did you mean 'unipc'", "ddpm, ddim, euler"]),
     ({"labels": []}, ["(0,)"]),
     ({"labels": [[0, 1]]}, ["(1, 2)"]),
     ({"seeds": [1]}, ["1 seeds for 2 labels"]),

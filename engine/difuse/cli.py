@@ -133,8 +133,9 @@ An image depends on its seed and label alone: the k-th image of a row always has
     sub.add_argument("checkpoint", metavar="CHECKPOINT")
     sub.add_argument("--labels", type=_labels, help="class numbers, e.g. 0,1,2 (default: all, at most ten)")
     sub.add_argument("--n", type=_positive(int), default=8, help="images per label (default: 8)")
-    sub.add_argument("--sampler", help="flow_euler, ddim or ddpm (default: flow_euler for flow models, else ddim)")
-    sub.add_argument("--steps", type=_positive(int), default=50, help="calls of the model (default: 50)")
+    sub.add_argument("--sampler", help="e.g. unipc, dpm_solver_pp_2m (default: flow_euler for flow models, else ddim)")
+    sub.add_argument("--steps", type=_positive(int), default=50, help="steps of the sampler (default: 50)")
+    sub.add_argument("--spacing", help="of the steps' times, e.g. karras, log_snr (default: the process's own)")
     sub.add_argument("--guidance", type=float, default=1.5, help="classifier-free guidance, 1 is off (default: 1.5)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--precision", choices=("fp32", "bf16", "int8"),

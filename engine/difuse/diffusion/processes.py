@@ -1,51 +1,108 @@
 """How data becomes noise: x_t = alpha * x0 + sigma * noise, with alpha and sigma in float64.
 
-VP    variance preserving on num_steps discrete times (DDPM, Ho et al. 2020, arXiv:2006.11239; the cosine schedule of
-      Nichol & Dhariwal 2021, arXiv:2102.09672). t is an integer in [0, num_steps), alpha^2 + sigma^2 = 1.
-Flow  the straight path (rectified flow, Liu et al. 2022, arXiv:2209.03003). t is in [0, 1] and t = 1 is noise,
-      alpha = 1 - t, sigma = t, velocity dx/dt = noise - x0.
+VP      variance preserving on num_steps discrete times (DDPM, Ho et al. 2020, arXiv:2006.11239). t is an integer in
+        [0, num_steps), alpha^2 + sigma^2 = 1.
+Flow    the straight path (rectified flow, Liu et al. 2022, arXiv:2209.03003). t is in [0, 1] and t = 1 is noise,
+        alpha = 1 - t, sigma = t, velocity dx/dt = noise - x0.
+VPSDE, SubVPSDE, VESDE   the continuous processes of Song et al. 2021 (arXiv:2011.13456), t in [0, 1].
+EDM     sigma itself is the time, alpha = 1 (Karras et al. 2022, arXiv:2206.00364).
+
+The noise level k = sigma / alpha grows along every path and says where on it one is; `at(k)` is the node there.
 """
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-
-def linear_betas(num_steps):
-    """beta from 1e-4 to 0.02, scaled by 1000 / num_steps so that the last step is noise for any num_steps."""
-    if num_steps <= 20:
-        raise ValueError(f"VP: the linear schedule needs num_steps > 20, got {num_steps}: its last beta, "
-                         "20 / num_steps, must stay below 1. Take more steps, or schedule='cosine'")
-    return torch.linspace(1e-4, 0.02, num_steps, dtype=torch.float64) * (1000 / num_steps)
+from difuse.diffusion.parameterizations import DATA_STD
+from difuse.diffusion.schedules import SCHEDULES, zero_terminal_snr
 
 
-def cosine_betas(num_steps):
-    """alpha_bar(u) = cos^2((u + 0.008) / 1.008 * pi/2), beta at most 0.999."""
-    u = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    alpha_bar = ((u + 0.008) / 1.008 * (math.pi / 2)).cos() ** 2
-    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+@dataclass(frozen=True)
+class Node:
+    """A place on the path, x = alpha * x0 + sigma * noise; `time` is what the model is given there."""
+
+    time: float
+    alpha: float
+    sigma: float
+    scale: float = 1.0  # the model is given scale * x
+
+    @property
+    def k(self):
+        """Noise per signal, sigma / alpha."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def lam(self):
+        """lambda = ln(alpha / sigma), half the log signal-to-noise ratio."""
+        return -math.log(self.k) if 0 < self.k < math.inf else math.inf if self.k == 0 else -math.inf
 
 
-SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+DATA = Node(0.0, 1.0, 0.0)  # the end of every path; no model is called there
 
 
-class VP:
-    """Variance preserving process on num_steps discrete times, schedule "linear" or "cosine"."""
+class _Process:
+    """What processes share: `nodes(t)` in the process's own times, `at(k)`, `levels`, and how noise is given."""
 
-    name = "vp"
-
-    def __init__(self, schedule="linear", num_steps=1000):
-        if schedule not in SCHEDULES:
-            raise ValueError(f"VP: schedule {schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}")
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"VP: num_steps is {num_steps!r}; expected an integer >= 1")
-        self.schedule, self.num_steps = schedule, num_steps
-        alpha_bar = (1 - SCHEDULES[schedule](num_steps)).cumprod(0)
-        self.alpha, self.sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # [T] float64
+    prior = 1.0  # the state at the noisy end is prior * (standard normal noise)
+    spacing = "uniform"  # of the times, if the user names none
+    model_times = torch.float32  # the dtype of what the model is given
 
     @property
     def config(self):
         """What `process_from_config` needs, ready for JSON."""
-        return {"name": self.name, "schedule": self.schedule, "num_steps": self.num_steps}
+        return {"name": self.name, **{name: getattr(self, name) for name in self.settings}}
+
+    def nodes(self, t):
+        """The nodes at times t [N]."""
+        alpha, sigma = self.alpha_sigma(t)
+        times = self.model_time(t)
+        return [Node(*values, scale=self.scale(values[2])) for values in zip(
+            times.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
+
+    def scale(self, sigma):
+        """What x is multiplied with before the model is given it."""
+        return 1.0
+
+    def alpha_sigma_of(self, k):
+        """(alpha, sigma) where sigma / alpha is k, on a variance preserving path."""
+        return 1 / math.hypot(1, k), k / math.hypot(1, k)
+
+    def at(self, k):
+        """The node where sigma / alpha is k > 0."""
+        alpha, sigma = self.alpha_sigma_of(k)
+        return Node(self.time_of(k), alpha, sigma, self.scale(sigma))
+
+
+class VP(_Process):
+    """Variance preserving process on num_steps discrete times.
+
+    schedule: "linear", "scaled_linear" (Stable Diffusion's), "cosine" or "sigmoid". zero_snr: rescaled so that the
+    last time is pure noise (Lin et al. 2023, arXiv:2305.08891), where a network that predicts eps says nothing.
+    """
+
+    name, settings, spacing = "vp", ("schedule", "num_steps", "zero_snr"), "trailing"
+    model_times = torch.int64
+
+    def __init__(self, schedule="linear", num_steps=1000, zero_snr=False):
+        if schedule not in SCHEDULES:
+            raise ValueError(f"VP: schedule {schedule!r} is unknown; expected one of {', '.join(SCHEDULES)}")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"VP: num_steps is {num_steps!r}; expected an integer >= 1")
+        self.schedule, self.num_steps, self.zero_snr = schedule, num_steps, zero_snr
+        alpha_bar = (1 - SCHEDULES[schedule](num_steps)).cumprod(0)
+        self.alpha, self.sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()  # [T] float64
+        if zero_snr:
+            self.alpha, self.sigma = zero_terminal_snr(self.alpha)
+
+    @property
+    def config(self):
+        """What `process_from_config` needs, ready for JSON."""
+        config = super().config
+        if not self.zero_snr:  # as it was before there was a choice
+            del config["zero_snr"]
+        return config
 
     def alpha_sigma(self, t):
         """(alpha, sigma) at integer t in [0, num_steps): float64, shaped like t.
@@ -62,16 +119,46 @@ class VP:
         """What the network is given for t: t itself."""
         return t
 
+    @property
+    def levels(self):
+        """The least and the greatest k that the network has seen; the greatest is finite."""
+        k = self.sigma / self.alpha
+        return k[0].item(), k[k.isfinite()][-1].item()
 
-class Flow:
-    """The straight path from data (t = 0) to noise (t = 1)."""
+    def time_of(self, k):
+        """The time, not always an integer, where sigma / alpha is k: ln k is linear between neighbours."""
+        known = (self.sigma / self.alpha)[self.alpha > 0].log().numpy()
+        return float(np.interp(math.log(k), known, np.arange(len(known))))
 
-    name = "flow"
+
+class Flow(_Process):
+    """The straight path from data (t = 0) to noise (t = 1).
+
+    shift: times are moved towards noise, t to shift*t / (1 + (shift-1)*t), as large images want it (SD3,
+    arXiv:2403.03206); `Flow.shift_of` gives it for a resolution. terminal: the last time before the data, to which the
+    others are stretched (LTX-Video). Both belong to sampling alone.
+    """
+
+    name, settings = "flow", ("shift", "terminal")
+
+    def __init__(self, shift=1.0, terminal=None):
+        if not (isinstance(shift, (int, float)) and 0 < shift < math.inf):
+            raise ValueError(f"Flow: shift is {shift!r}; expected a number > 0, 1 for none")
+        if terminal is not None and not 0 < terminal < 1:
+            raise ValueError(f"Flow: terminal is {terminal!r}; expected a time between 0 and 1, or None")
+        self.shift, self.terminal = shift, terminal
 
     @property
     def config(self):
         """What `process_from_config` needs, ready for JSON."""
-        return {"name": self.name}
+        return {"name": self.name} | ({"shift": self.shift} if self.shift != 1 else {}) | (
+            {"terminal": self.terminal} if self.terminal is not None else {})
+
+    @staticmethod
+    def shift_of(tokens, *, base=(256, 0.5), most=(4096, 1.15)):
+        """The shift for an image of so many tokens: e^mu, mu linear through (tokens, mu) `base` and `most` (Flux)."""
+        slope = (most[1] - base[1]) / (most[0] - base[0])
+        return math.exp(base[1] + slope * (tokens - base[0]))
 
     def alpha_sigma(self, t):
         """(1 - t, t) at float t in [0, 1]: float64, shaped like t. Raises TypeError for an integer t, else as VP."""
@@ -85,19 +172,169 @@ class Flow:
         """What the network is given for t: 1000 * t in float32, so that its sinusoids span what they do under VP."""
         return (1000 * t).float()
 
+    levels = (1 / 999, math.inf)  # t from 0.001 to 1
+
+    def time_of(self, k):
+        """1000 * t where t / (1 - t) is k."""
+        return 1000 * k / (1 + k)
+
+    def alpha_sigma_of(self, k):
+        """(1 - t, t) where t / (1 - t) is k."""
+        return 1 / (1 + k), k / (1 + k)
+
+    def warp(self, t):
+        """Times t [N], noise first, shifted and stretched."""
+        t = self.shift * t / (1 + (self.shift - 1) * t)
+        if self.terminal is None or len(t) == 0:
+            return t
+        return 1 - (1 - t) * ((1 - self.terminal) / (1 - t[-1]))
+
+
+class VPSDE(_Process):
+    """dx = -beta(t)/2 x dt + sqrt(beta(t)) dw, beta from beta_min to beta_max; the network is given 999 * t."""
+
+    name, settings = "vpsde", ("beta_min", "beta_max")
+    least = 1e-3  # the time below which nothing was trained
+
+    def __init__(self, beta_min=0.1, beta_max=20.0):
+        if not 0 < beta_min < beta_max < math.inf:
+            raise ValueError(f"{type(self).__name__}: beta goes from {beta_min} to {beta_max}; expected 0 < beta_min < "
+                             "beta_max")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    def _integral(self, t):
+        return self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2  # of beta from 0 to t
+
+    def alpha_sigma(self, t):
+        """(alpha, sigma) at float t in [0, 1]: float64, shaped like t."""
+        if not t.is_floating_point():
+            raise TypeError(f"{type(self).__name__}: t has dtype {t.dtype}; expected a floating dtype")
+        _check_range(self, t, 0, 1)
+        B = self._integral(t.double())
+        return (-B / 2).exp(), (-torch.expm1(-B)).sqrt()
+
+    def model_time(self, t):
+        """What the network is given for t: 999 * t in float32."""
+        return (999 * t).float()
+
+    @property
+    def levels(self):
+        """The least and the greatest k that the network has seen."""
+        alpha, sigma = self.alpha_sigma(torch.tensor([self.least, 1.0], dtype=torch.float64))
+        return tuple((sigma / alpha).tolist())
+
+    def _B(self, k):
+        return math.log1p(k * k)  # alpha^2 = e^-B, sigma^2 = 1 - e^-B
+
+    def time_of(self, k):
+        """999 * t where sigma / alpha is k."""
+        B, slope = self._B(k), self.beta_max - self.beta_min
+        return 999 * 2 * B / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * B))
+
+
+class SubVPSDE(VPSDE):
+    """As VPSDE with less noise: sigma = 1 - alpha^2."""
+
+    name = "subvpsde"
+
+    def alpha_sigma(self, t):
+        """(alpha, sigma) at float t in [0, 1]: float64, shaped like t."""
+        alpha, sigma = super().alpha_sigma(t)
+        return alpha, sigma**2
+
+    def alpha_sigma_of(self, k):
+        """(alpha, 1 - alpha^2) where their ratio gives k."""
+        alpha = 2 / (k + math.sqrt(k * k + 4))
+        return alpha, alpha * k
+
+    def _B(self, k):
+        return -2 * math.log(self.alpha_sigma_of(k)[0])
+
+
+class VESDE(_Process):
+    """Variance exploding: alpha = 1, sigma from sigma_min to sigma_max in a geometric series; given sigma itself."""
+
+    name, settings = "vesde", ("sigma_min", "sigma_max")
+
+    def __init__(self, sigma_min=0.01, sigma_max=50.0):
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"{type(self).__name__}: sigma goes from {sigma_min} to {sigma_max}; expected 0 < "
+                             "sigma_min < sigma_max")
+        self.sigma_min, self.sigma_max, self.prior = sigma_min, sigma_max, sigma_max
+        self.levels = sigma_min, sigma_max
+
+    def alpha_sigma(self, t):
+        """(1, sigma) at float t in [0, 1]: float64, shaped like t."""
+        if not t.is_floating_point():
+            raise TypeError(f"{type(self).__name__}: t has dtype {t.dtype}; expected a floating dtype")
+        _check_range(self, t, 0, 1)
+        return torch.ones_like(t, dtype=torch.float64), self.sigma_min * (self.sigma_max / self.sigma_min) ** t.double()
+
+    def alpha_sigma_of(self, k):
+        """(1, k)."""
+        return 1.0, k
+
+    def model_time(self, t):
+        """What the network is given for t: sigma in float32."""
+        return self.alpha_sigma(t)[1].float()
+
+    def time_of(self, k):
+        """sigma, which is k."""
+        return k
+
+
+class EDM(_Process):
+    """alpha = 1, the time is sigma; the network is given x / sqrt(sigma^2 + 0.5^2) and ln(sigma) / 4.
+
+    With prediction="edm" its output F gives x0 = c_skip x + c_out F; see parameterizations.py.
+    """
+
+    name, settings, spacing = "edm", ("sigma_min", "sigma_max"), "karras"
+
+    def __init__(self, sigma_min=0.002, sigma_max=80.0):
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(f"EDM: sigma goes from {sigma_min} to {sigma_max}; expected 0 < sigma_min < sigma_max")
+        self.sigma_min, self.sigma_max, self.prior = sigma_min, sigma_max, sigma_max
+        self.levels = sigma_min, sigma_max
+
+    def alpha_sigma(self, t):
+        """(1, t) at float t > 0: float64, shaped like t."""
+        if not t.is_floating_point():
+            raise TypeError(f"EDM: t has dtype {t.dtype}; expected a floating dtype")
+        _check_range(self, t, 0, math.inf)
+        return torch.ones_like(t, dtype=torch.float64), t.double()
+
+    def alpha_sigma_of(self, k):
+        """(1, k)."""
+        return 1.0, k
+
+    def model_time(self, t):
+        """What the network is given for sigma = t: ln(t) / 4 in float32."""
+        return (t.log() / 4).float()
+
+    def time_of(self, k):
+        """ln(sigma) / 4, sigma being k."""
+        return math.log(k) / 4
+
+    def scale(self, sigma):
+        """What x is multiplied with before the model is given it."""
+        return 1 / math.hypot(sigma, DATA_STD)
+
+
+PROCESSES = {process.name: process for process in (VP, Flow, VPSDE, SubVPSDE, VESDE, EDM)}
+
 
 def process_from_config(config):
     """The process that a `config` dict describes. Raises ValueError for an unknown name or unknown settings."""
     settings = dict(config)
     name = settings.pop("name", None)
-    kinds = {"vp": (VP, {"schedule", "num_steps"}), "flow": (Flow, set())}
-    if name not in kinds:
-        raise ValueError(f"process: name {name!r} is unknown; expected one of {', '.join(kinds)}")
-    kind, known = kinds[name]
+    if name not in PROCESSES:
+        raise ValueError(f"process: name {name!r} is unknown; expected one of {', '.join(PROCESSES)}")
+    known = set(PROCESSES[name].settings)
     if not settings.keys() <= known:
-        raise ValueError(f"process {name!r}: unknown settings {sorted(settings.keys() - known)}; "
-                         f"expected {sorted(known) or 'none'}")
-    return kind(**settings)
+        raise ValueError(f"process {name!r}: unknown settings {sorted(settings.keys() - known)}; expected "
+                         f"{sorted(known)}")
+    return PROCESSES[name](**settings)
 
 
 def _check_range(process, t, low, high):

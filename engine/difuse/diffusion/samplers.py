@@ -1,122 +1,257 @@
 """From noise to images. One function per method, one signature for all:
 
-    sampler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None,
-            graphs=None)
+    sampler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, spacing=None, generators=None,
+            image=None, strength=1.0, mask=None, callback=None, graphs=None, **options)
 
 model       called as model(x [B,C,H,W], t [B], labels [B]), or model(x, t) without labels; returns the prediction
-            [B,C,H,W], or [B,2C,H,W] with a learned sigma, which the samplers do not use. A frozen model, whose class
-            has for_trajectory(times, labels), is asked once for the model to call
+            [B,C,H,W], or [B,2C,H,W] with a learned sigma, which only ddpm(variance="learned") uses. A frozen model,
+            whose class has for_trajectory(times, labels), is asked once for the model to call
 noise       float32 [B,C,H,W], the state at the noisy end, as `initial_noise` draws it; it is not written to
-steps       number of model calls
-prediction  what the model predicts: "eps", "x0", "v" or "flow"
+steps       their number, or the times themselves, noise first; a step is one call of the model or more, as its method
+            says
+prediction  what the model predicts: "eps", "x0", "v", "flow", "score" or "edm"
 labels      int64 [B], or None for a model without classes
-guidance    classifier-free guidance w; needs labels and `model.num_classes`, the null class
+guidance    classifier-free guidance w, which needs labels and `model.num_classes`, the null class; or a `Guidance`
+spacing     of the times, see grids.py; None for the process's own
+image       float32 [B,C,H,W] to start from: with `strength` < 1 the last part of the steps, from the image with noise
+            (SDEdit, arXiv:2108.01073); with `mask` float32 [B,C,H,W], 1 where the image is to change, all of them, the
+            rest being put back after each (RePaint's line, arXiv:2201.09865)
 generators  one torch.Generator per sample, for the noise of stochastic samplers: an image does not depend on its
             batch mates. No number is drawn where its coefficient is zero.
-callback    callback(step, x) after each step, step counting from 0
+callback    callback(step, x) after each step, step counting from 0; where it returns a tensor, that is the state from
+            here on, where it returns False, sampling stops with this x. `Previews(function)`: function(step, x, x0)
 graphs      difuse.Graphs: steps are recorded as CUDA graphs and replayed. The same images, less work for the host
-Returns x0 [B,C,H,W] float32. Raises ValueError or TypeError before the model is called for what does not fit.
+options     the method's own, e.g. eta of ddim: the arguments after `*` of its function in `difuse.diffusion.methods`
+Returns x0 [B,C,H,W] float32. Raises ValueError or TypeError before the model is called for what does not fit,
+FloatingPointError where the model returns numbers that are not finite.
 
-In every method the next state is linear in the state, the model's output and fresh noise. `<name>_steps` writes that
-line with the paper's symbols, x_t, x0 and eps standing for pairs (coefficient of the state, of the output), for all
-steps at once in float64; `_integrate` then runs the model and one fused update per step.
+A method is recorded, see method.py, before it runs: the coefficients of all steps are computed in float64, then a step
+is its model calls and, nearly always, one fused update.
 """
-from dataclasses import dataclass
+import difflib
+import functools
+import inspect
 
 import torch
 
-from difuse.diffusion.guidance import GuidedModel
-from difuse.diffusion.parameterizations import coefficients
-from difuse.diffusion.processes import VP, Flow
+from difuse.diffusion.grids import path
+from difuse.diffusion.guidance import Guidance
+from difuse.diffusion.method import record
+from difuse.diffusion.methods import ancestral, dpm_solver, euler, multistep, sde, unipc
+from difuse.diffusion.model_calls import ModelCalls, not_finite
+from difuse.diffusion.parameterizations import PREDICTIONS
+from difuse.diffusion.processes import EDM, PROCESSES, VESDE, VP, VPSDE, Flow, SubVPSDE
+from difuse.diffusion.program import Apply, Call, Draw, Map, Run, to_device
 from difuse_kernels import sampler_step
 
-X_T = torch.tensor([[1.0], [0.0]], dtype=torch.float64)  # the state itself, as a pair of coefficients [2,1]
+_PRESERVING = (VP, VPSDE, SubVPSDE)
+_ANY = tuple(PROCESSES.values())
 
 
-@dataclass(frozen=True)
-class Steps:
-    """A method on a process, step by step: x' = mean[0] * x + mean[1] * (guided output) + std * (standard noise)."""
+class Sampler:
+    """One method as a function; the module says what it takes. `name`, and `options`: its own with their defaults."""
 
-    times: torch.Tensor  # [steps], as the model is given them
-    mean: torch.Tensor  # float64 [2,steps]
-    std: torch.Tensor  # float64 [steps]
+    def __init__(self, name, method, kinds):
+        self.name, self._method, self._kinds = name, method, kinds
+        parameters = list(inspect.signature(method).parameters.values())[2:]
+        self.options = {p.name: p.default for p in parameters if p.name != "process"}
+        self._asks_process = any(p.name == "process" for p in parameters)
+        self.__name__, self.__doc__ = name, method.__doc__
+        self.__signature__ = inspect.signature(self.__call__).replace(parameters=[
+            *(p for p in inspect.signature(self.__call__).parameters.values() if p.kind != p.VAR_KEYWORD),
+            *(p for p in parameters if p.name != "process")])
 
-    def table(self, weights):
-        """Coefficients of the state, of one output per weight of guidance, and of noise: float32 [steps,J]."""
-        columns = [self.mean[0], *(weight * self.mean[1] for weight in weights), self.std]
-        return torch.stack(columns, dim=1).float()
+    def __repr__(self):
+        return f"<sampler {self.name}{self.__signature__}>"
+
+    def takes(self, process):
+        """Whether the method is one for this process."""
+        return isinstance(process, self._kinds)
+
+    def program(self, process, steps, prediction, guidance=1.0, *, spacing=None, labels=None, given=0, strength=1.0,
+                preview=False, **options):
+        """The `Program` of a whole trajectory. Raises ValueError or TypeError for what does not fit together.
+
+        given: 0, 1 for an image or 2 for an image and a mask.
+        """
+        if not self.takes(process):
+            others = "flow_euler" if isinstance(process, Flow) else "ddim or euler"
+            raise ValueError(f"{self.name}: process is {type(process).__name__}; expected "
+                             f"{', '.join(kind.__name__ for kind in self._kinds)}. Use {others} with it")
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"{self.name}: prediction {prediction!r} is unknown; expected one of "
+                             f"{', '.join(PREDICTIONS)}")
+        if (prediction == "v" and isinstance(process, Flow)) or (prediction == "edm" and not isinstance(process, EDM)):
+            fits = "a variance preserving process; on Flow a network predicts 'flow'" if prediction == "v" else "EDM"
+            raise ValueError(f"{self.name}: prediction {prediction!r} with {type(process).__name__}; it belongs to "
+                             f"{fits}")
+        for name in options:
+            if name not in self.options:
+                near = difflib.get_close_matches(name, self.options, n=1, cutoff=0)
+                raise TypeError(f"{self.name}: option {name!r} is unknown; " + (
+                    f"did you mean {near[0]!r}? Expected {', '.join(self.options)}" if near else "it has none"))
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(guidance)
+        if self._asks_process:
+            options["process"] = process
+        try:
+            nodes = path(process, steps, spacing)
+            nodes = nodes[int((1 - strength) * (len(nodes) - 1)) :]  # at least one step, the last
+            program = record(functools.partial(self._method, **options), nodes, prediction, guidance,
+                             prior=process.prior, labels=labels, given=("image", "mask")[:given], preview=preview)
+            program.integer_times = process.model_times == torch.int64
+            return program
+        except (ValueError, ZeroDivisionError, OverflowError) as error:
+            if str(error).startswith(self.name):
+                raise
+            if not isinstance(error, ValueError):
+                error = ValueError(f"{type(process).__name__} with spacing {spacing!r} begins at pure noise, alpha = "
+                                   "0, where this method divides by alpha; use one that does not, e.g. "
+                                   "dpm_solver_pp_2m or unipc, or another spacing")
+            raise ValueError(f"{self.name}: {error}") from None
+
+    @torch.no_grad()
+    def __call__(self, model, noise, *, process, steps, prediction, labels=None, guidance=1.0, spacing=None,
+                 generators=None, image=None, strength=1.0, mask=None, callback=None, graphs=None, **options):
+        if not isinstance(noise, torch.Tensor) or noise.dtype != torch.float32:
+            got = noise.dtype if isinstance(noise, torch.Tensor) else type(noise).__name__
+            raise TypeError(f"{self.name}: noise is {got}; expected a float32 tensor [B,C,H,W], see initial_noise")
+        if noise.dim() < 3:
+            raise ValueError(f"{self.name}: noise has shape {tuple(noise.shape)}; expected [B,C,H,W]")
+        given = _images(self.name, noise, image, strength, mask)
+        if not isinstance(guidance, Guidance):
+            guidance = Guidance(guidance)
+        program = self.program(process, steps, prediction, guidance, spacing=spacing, labels=labels,
+                               given=len(given), strength=strength, preview=isinstance(callback, Previews), **options)
+        if program.draws and (generators is None or len(generators) != len(noise)):
+            raise ValueError(f"{self.name}: got {'no' if generators is None else len(generators)} generators for "
+                             f"{len(noise)} samples, and each step draws noise; give one torch.Generator per sample")
+        calls = ModelCalls(self.name, model, labels, guidance, noise, program)
+
+        def draw():
+            return _draw(noise.shape[1:], generators, noise.device)
+
+        if graphs is not None:
+            return replay(program, calls, (noise, *given), draw, callback, graphs)
+        return integrate(program, calls, (noise, *given), draw, callback)
 
 
-def ddpm_steps(process, steps, prediction):
-    """The `Steps` of `ddpm`."""
-    t, alpha, sigma, alpha_s, sigma_s = _vp_path("ddpm", process, steps)
-    x0 = _predicted("x0", prediction, alpha, sigma)
-    alpha_ts = alpha / alpha_s  # x_t = alpha_ts * x_s + noise of variance beta
-    beta = sigma**2 - (alpha_ts * sigma_s) ** 2
-    mean = (alpha_ts * sigma_s**2 * X_T + alpha_s * beta * x0) / sigma**2
-    beta_tilde = beta * sigma_s**2 / sigma**2
-    return Steps(process.model_time(t), mean, beta_tilde.sqrt())
+def integrate(program, calls, tensors, draw, callback=None):
+    """From the noise, tensors[0], through all of a program."""
+    times = iter(calls.times.to(tensors[0].device))
+    run = Run(program, tensors, draw, callback)
+    while (asked := run.advance()) is not None:
+        call, x = asked
+        answers = calls.answers(call, x, next(times), calls.labels, calls.null)
+        calls.finite.check(call.step, answers[:-1])
+        run.give(answers)
+    calls.finite.finish()
+    return run.x
 
 
-@torch.no_grad()
-def ddpm(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None,
-         graphs=None):
-    """Ancestral sampling from q(x_s | x_t, x0), Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7, on VP.
-
-    The variance is the posterior's, beta-tilde ("fixed small"); fewer steps than process.num_steps respace the chain
-    (Nichol & Dhariwal 2021). Times as in `ddim`. Needs generators. The arguments are the module's.
-    """
-    return _integrate("ddpm", model, noise, ddpm_steps(process, steps, prediction), labels, guidance, generators,
-                      callback, graphs)
-
-
-def ddim_steps(process, steps, prediction, eta=0.0):
-    """The `Steps` of `ddim`."""
-    if not 0 <= eta <= 1:
-        raise ValueError(f"ddim: eta is {eta}; expected 0 (deterministic) to 1 (as ddpm)")
-    t, alpha, sigma, alpha_s, sigma_s = _vp_path("ddim", process, steps)
-    x0 = _predicted("x0", prediction, alpha, sigma)
-    eps = _predicted("eps", prediction, alpha, sigma)
-    sigma_eta = eta * sigma_s / sigma * (1 - (alpha / alpha_s) ** 2).sqrt()
-    mean = alpha_s * x0 + (sigma_s**2 - sigma_eta**2).sqrt() * eps
-    return Steps(process.model_time(t), mean, sigma_eta)
-
-
-@torch.no_grad()
-def ddim(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, eta=0.0, generators=None,
-         callback=None, graphs=None):
-    """Song et al. 2021 (arXiv:2010.02502), equations 12 and 16, on VP, in any number of steps up to process.num_steps.
-
-    The times are evenly spaced from the noisiest, num_steps - 1, down, the last of equal steps leading to the data.
-    eta = 0 is deterministic and needs no generators, eta = 1 is DDPM. The other arguments are the module's.
-    """
-    return _integrate("ddim", model, noise, ddim_steps(process, steps, prediction, eta), labels, guidance, generators,
-                      callback, graphs)
+def replay(program, calls, tensors, draw, callback, graphs):
+    """`integrate`, each step a recorded graph: steps of one structure are one graph with other numbers in it."""
+    if any(isinstance(each, Apply) for each in program.instructions):
+        raise ValueError(f"{calls.sampler}: these steps are not linear and cannot be replayed with other numbers; "
+                         "expected graphs=None with a learned variance, Langevin steps, a mask, a classifier and "
+                         "guidance that needs norms")
+    known, tables = dict(enumerate(tensors)), program.tables(tensors[0].device)
+    times = iter(calls.times.to(tensors[0].device))
+    asked = str(([id(calls.models[name]) for name in ("skip", "weak")], calls.guidance.passes))
+    for segment in program.segments():
+        step = graphs.bind(functools.partial(_advance, segment, calls), calls.models["cond"], segment.structure, asked)
+        numbers = []  # what this step's instructions take beside tensors: a time, coefficients, noise
+        for i, each in enumerate(segment.instructions, segment.first):
+            numbers += ([next(times)] if isinstance(each, Call) else [tables[i]] if isinstance(each, Map) else
+                        [draw()] if isinstance(each, Draw) else [])
+        *states, bad = step(*(known[tensor] for tensor in segment.reads), calls.labels, calls.null, *numbers)
+        known.update(zip(segment.writes, states, strict=True))
+        done = segment.instructions[-1].step
+        calls.finite.remember(done, bad.clone())
+        if callback is not None and callback(done, states[0].clone()) is not None:
+            raise ValueError(f"{calls.sampler}: the callback returned something; expected None with graphs")
+    calls.finite.finish()
+    return states[0].clone()
 
 
-def flow_euler_steps(process, steps, prediction):
-    """The `Steps` of `flow_euler`."""
-    _check_steps("flow_euler", process, Flow, steps)
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    alpha, sigma = process.alpha_sigma(t)
-    velocity = _predicted("flow", prediction, alpha[:-1], sigma[:-1])
-    mean = X_T + (t[1:] - t[:-1]) * velocity
-    return Steps(process.model_time(t[:-1]), mean, torch.zeros_like(t[1:]))
+def _advance(segment, calls, *inputs):
+    """One step on tensors that stay where they are: what it writes, and how many numbers were not finite."""
+    here = dict(zip(segment.reads, inputs, strict=False))
+    labels, null, *numbers = inputs[len(segment.reads) :]
+    numbers, answers = iter(numbers), []
+    for each in segment.instructions:
+        given = [here[tensor] for tensor in each.inputs]
+        if isinstance(each, Map):
+            results = sampler_step(given, next(numbers), out_dtypes=(torch.float32,) * len(each.outputs))
+        elif isinstance(each, Call):
+            results = calls.answers(each, given[0], next(numbers), labels, null)
+            answers += results[:-1]
+        else:
+            results = [next(numbers)] if isinstance(each, Draw) else []
+        here.update(zip(each.outputs, results, strict=True))
+    return *(here[tensor] for tensor in segment.writes), not_finite(answers)
 
 
-@torch.no_grad()
-def flow_euler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, generators=None, callback=None,
-               graphs=None):
-    """Euler's method on dx/dt = noise - x0 from t = 1 to t = 0 in equal steps, on Flow (arXiv:2209.03003).
+class Previews:
+    """A callback that is also given the predicted data: function(step, x, x0)."""
 
-    Deterministic: generators are not used. The arguments are the module's.
-    """
-    return _integrate("flow_euler", model, noise, flow_euler_steps(process, steps, prediction), labels, guidance,
-                      generators, callback, graphs)
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, step, x, x0):
+        return self._function(step, x, x0)
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "flow_euler": flow_euler}
-STEPS = {"ddpm": ddpm_steps, "ddim": ddim_steps, "flow_euler": flow_euler_steps}
+def _images(sampler, noise, image, strength, mask):
+    """The image and the mask, checked: those that are there."""
+    if image is None:
+        if mask is not None or strength != 1:
+            raise ValueError(f"{sampler}: a mask and a strength need an image to start from; give image [B,C,H,W]")
+        return ()
+    if not isinstance(strength, (int, float)) or not 0 < strength <= 1:
+        raise ValueError(f"{sampler}: strength is {strength!r}; expected above 0, which leaves the image, to 1")
+    for name, tensor in (("image", image), ("mask", mask)):
+        if tensor is not None and (not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float32 or (
+                tensor.shape != noise.shape or tensor.device != noise.device)):
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{sampler}: {name} is {got}; expected float32 {tuple(noise.shape)} on {noise.device}, as "
+                             "the noise")
+    return (image,) if mask is None else (image, mask)
+
+
+SAMPLERS = {sampler.name: sampler for sampler in (
+    Sampler("ddpm", ancestral.ddpm, _PRESERVING),
+    Sampler("ddim", ancestral.ddim, _PRESERVING),
+    Sampler("euler", euler.euler, _ANY),
+    Sampler("euler_ancestral", euler.euler_ancestral, _ANY),
+    Sampler("heun", euler.heun, _ANY),
+    Sampler("dpm_solver_2", dpm_solver.dpm_solver_2, _ANY),
+    Sampler("dpm_solver_3", dpm_solver.dpm_solver_3, _ANY),
+    Sampler("dpm_solver_pp_2m", dpm_solver.dpm_solver_pp_2m, _ANY),
+    Sampler("dpm_solver_pp_3m", dpm_solver.dpm_solver_pp_3m, _ANY),
+    Sampler("dpm_solver_pp_2m_sde", dpm_solver.dpm_solver_pp_2m_sde, _ANY),
+    Sampler("dpm_solver_pp_sde", dpm_solver.dpm_solver_pp_sde, _ANY),
+    Sampler("unipc", unipc.unipc, _ANY),
+    Sampler("pndm", multistep.pndm, _ANY),
+    Sampler("deis", multistep.deis, _ANY),
+    Sampler("flow_euler", euler.flow_euler, (Flow,)),
+    Sampler("flow_heun", euler.flow_heun, (Flow,)),
+    Sampler("flow_stochastic", euler.flow_stochastic, (Flow,)),
+    Sampler("lcm", ancestral.lcm, _PRESERVING),
+    Sampler("consistency", ancestral.consistency, (EDM, VESDE)),
+    Sampler("ancestral_ve", ancestral.ancestral_ve, (EDM, VESDE)),
+    Sampler("reverse_diffusion", sde.reverse_diffusion, _ANY),
+    Sampler("predictor_corrector", sde.predictor_corrector, _ANY),
+)}
+ddpm, ddim, flow_euler = SAMPLERS["ddpm"], SAMPLERS["ddim"], SAMPLERS["flow_euler"]
+
+
+def find_sampler(name):
+    """The `Sampler` of this name. Raises ValueError, with the nearest name, if there is none."""
+    if name not in list(SAMPLERS):
+        near = difflib.get_close_matches(str(name), SAMPLERS, n=1, cutoff=0)[0]
+        raise ValueError(f"sampler {name!r} is unknown; did you mean {near!r}? Expected one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]
 
 
 def initial_noise(shape, seeds, device="cpu"):
@@ -133,58 +268,4 @@ def initial_noise(shape, seeds, device="cpu"):
 
 def _draw(shape, generators, device):
     z = torch.stack([torch.randn(shape, generator=g, device=g.device, dtype=torch.float32) for g in generators])
-    if z.is_cpu and torch.device(device).type == "cuda":
-        return z.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait for the GPU
-    return z.to(device)
-
-
-def _check_steps(sampler, process, kind, steps):
-    if not isinstance(process, kind):
-        raise ValueError(f"{sampler}: process is {type(process).__name__}; expected {kind.__name__}. Use "
-                         f"{'flow_euler' if isinstance(process, Flow) else 'ddim or ddpm'} with it")
-    limit = process.num_steps if kind is VP else float("inf")
-    if not isinstance(steps, int) or not 1 <= steps <= limit:
-        raise ValueError(f"{sampler}: steps is {steps!r}; expected an integer from 1 to {limit}")
-
-
-def _vp_path(sampler, process, steps):
-    """t and (alpha, sigma) at each step's start t and end s, each [steps]; the last end is the data, (1, 0)."""
-    _check_steps(sampler, process, VP, steps)
-    t = process.num_steps - 1 - torch.arange(steps) * process.num_steps // steps  # int64, distinct
-    alpha, sigma = process.alpha_sigma(t)
-    return t, alpha, sigma, torch.cat((alpha[1:], torch.ones(1))), torch.cat((sigma[1:], torch.zeros(1)))
-
-
-def _predicted(target, prediction, alpha, sigma):
-    return torch.stack(coefficients(prediction, target, alpha, sigma))  # [2,steps]
-
-
-def _integrate(sampler, model, noise, method, labels, guidance, generators, callback, graphs):
-    """From `noise` through all steps of `method`."""
-    if not isinstance(noise, torch.Tensor) or noise.dtype != torch.float32:
-        got = noise.dtype if isinstance(noise, torch.Tensor) else type(noise).__name__
-        raise TypeError(f"{sampler}: noise is {got}; expected a float32 tensor [B,C,H,W], see initial_noise")
-    if noise.dim() < 3:
-        raise ValueError(f"{sampler}: noise has shape {tuple(noise.shape)}; expected [B,C,H,W]")
-    if method.std.any() and (generators is None or len(generators) != len(noise)):
-        raise ValueError(f"{sampler}: got {'no' if generators is None else len(generators)} generators for "
-                         f"{len(noise)} samples, and each step draws noise; give one torch.Generator per sample")
-    predict = GuidedModel(sampler, model, labels, guidance, noise)
-    if labels is not None and hasattr(type(model), "for_trajectory"):  # a frozen model: some work is done once
-        predict.model = model.for_trajectory(method.times, predict.labels.unique())
-    table = method.table(predict.weights).to(noise.device)[:, None]  # [steps,1,J]
-    times = method.times.to(noise.device)
-
-    def advance(x, t, coefficients, labels, z):
-        inputs = (x, *predict(x, t, labels)) + (() if z is None else (z,))
-        return sampler_step(inputs, coefficients[:, : len(inputs)], out_dtypes=(torch.float32,))[0]  # [B,C,H,W]
-
-    if graphs is not None:
-        advance = graphs.bind(advance, model, len(predict.weights))
-    x = noise
-    for step, noise_scale in enumerate(method.std.tolist()):
-        z = _draw(x.shape[1:], generators, x.device) if noise_scale > 0 else None
-        x = advance(x, times[step], table[step], predict.labels, z)
-        if callback is not None:
-            callback(step, x if graphs is None else x.clone())
-    return x if graphs is None else x.clone()
+    return z if z.is_cuda else to_device(z, device)

@@ -38,7 +38,7 @@ def run(args):
         raise ValueError(f"--labels {','.join(map(str, labels))}: the model knows 0 to {model.num_classes - 1}")
     process, prediction = process_from_config(meta["process"]), meta["prediction"]
     sampler = args.sampler or ("flow_euler" if process.name == "flow" else "ddim")
-    as_vp = process.name == "flow" and sampler != "flow_euler"
+    as_vp = process.name == "flow" and not SAMPLERS[sampler].takes(process)
     if as_vp:
         process, prediction = VP(), "x0"
     drawn = torch.tensor(labels).repeat_interleave(args.n)
@@ -47,7 +47,7 @@ def run(args):
     def draw(model, images=slice(None), steps=args.steps, seeds=seeds):
         return sample(FlowAsVP(model, process) if as_vp else model, drawn[images], sampler=sampler, steps=steps,
                       guidance=args.guidance, seeds=seeds[images], process=process,
-                      prediction=prediction, batch_size=args.batch_size, progress=True)
+                      prediction=prediction, spacing=args.spacing, batch_size=args.batch_size, progress=True)
 
     if args.precision:
         few = slice(0, len(drawn), -(-len(drawn) // FEW))

@@ -4,8 +4,8 @@
         future = engine.submit(difuse.Request(label=3, seed=7, steps=50, guidance=1.5))
         image = future.result()  # float32 [C,H,W]; future.cancel() works until the image is there
 
-Models take one time per sample, and a sampler's step is a row of coefficients per sample, so nothing has to agree but
-the model. A request joins at the next step after it came, if its rows fit, and leaves when it is done, cancelled or
+Models take one time per sample, and every request goes its own way between two calls, so nothing has to agree but the
+model. A request joins at the next step after it came, if its rows fit, and leaves when it is done, cancelled or
 failed. A row's result does not depend on the rows beside it, except for the rounding of a library's matrix products.
 """
 import atexit
@@ -20,9 +20,8 @@ from collections import deque
 import torch
 
 from difuse.diffusion.parameterizations import PREDICTIONS
-from difuse.diffusion.processes import VP, Flow
+from difuse.diffusion.processes import PROCESSES
 from difuse.inference.requests import check_integer, take
-from difuse_kernels import sampler_step
 
 _RAISED = "Raised in difuse.Engine:\n"
 
@@ -41,8 +40,9 @@ class Engine:
     def __init__(self, model, *, process, prediction, max_batch=16, max_waiting=256):
         check_integer("max_batch", max_batch, 1, math.inf)
         check_integer("max_waiting", max_waiting, 1, math.inf)
-        if not isinstance(process, (VP, Flow)):
-            raise TypeError(f"Engine: process is {type(process).__name__}; expected a VP or Flow")
+        if not isinstance(process, tuple(PROCESSES.values())):
+            raise TypeError(f"Engine: process is {type(process).__name__}; expected one of difuse.diffusion, e.g. VP() "
+                            "or Flow()")
         if prediction not in PREDICTIONS:
             raise ValueError(f"Engine: prediction {prediction!r} is unknown; expected one of {', '.join(PREDICTIONS)}")
         if model.training:
@@ -76,7 +76,7 @@ class Engine:
         """
         if os.getpid() != self._process_id:
             raise RuntimeError("Engine: it belongs to the process that this one was forked from; make one here")
-        taken = take(request, self._process, self._prediction, self._null, self._max_batch)
+        taken = take(request, self._process, self._prediction, self._null, self._max_batch, self._device)
         with self._changed:
             if self._closed:
                 raise RuntimeError("Engine: it is closed and takes no more requests")
@@ -174,12 +174,11 @@ class Engine:
         return [each for each in running if not each.over]
 
     def _advance(self, running):
-        """One step for these. If the model fails, for each half by itself, down to the requests that make it fail."""
-        states, error = self._try(running)
+        """One call for these. If the model fails, for each half by itself, down to the requests that make it fail."""
+        answers, error = self._try(running)
         if error is None:
-            for each, x in zip(running, states, strict=True):
-                each.advance(x)
-                self._report(each)
+            for each, answer in zip(running, answers, strict=True):
+                self._give(each, answer)
         elif len(running) == 1:
             running[0].settle(error)
         else:
@@ -188,56 +187,52 @@ class Engine:
             self._advance(running[middle:])
 
     def _try(self, running):
-        """(states, None), or (None, the error)."""
+        """(answers, None), or (None, the error)."""
         self._computing = True
         try:
-            return self._step(running), None
+            return self._call(running), None
         except BaseException as error:
             return None, _released(error)
         finally:
             self._computing = False
 
-    def _report(self, each):
+    @torch.no_grad()
+    def _give(self, each, answer):
+        """Its answers to a request, which goes on to its next call, or to its end."""
         try:
-            if each.request.callback is not None and not each.future.cancelled():
-                each.request.callback(each.step - 1, each.x.clone())
-        except BaseException as error:
+            over = each.advance(answer)
+        except BaseException as error:  # of its callback, or a step that is not finite
             each.settle(_released(error))
-        if each.step == len(each.std) and not each.over:
+            return
+        if over and not each.over:
             if each.x.is_cuda:  # the image is there, not only under way, whatever stream its reader is on
                 torch.cuda.current_stream(each.x.device).synchronize()
             each.settle()
 
     @torch.no_grad()
-    def _step(self, running):
-        """The next states [C,H,W] of these n requests: one call of the model and one update."""
-        n, channels = len(running), self._shape[0]
-        guided = torch.tensor([i for i, each in enumerate(running) if len(each.labels) == 2], dtype=torch.int64)
-        t = torch.stack([each.times[each.step] for each in running])
-        table = torch.stack([each.table[each.step] for each in running])
-        columns = [0, 1] + [2] * (len(guided) > 0)  # of the state, one output, the other one, noise
-        z = None
-        if any(each.std[each.step] for each in running):
-            z = torch.stack([each.noise() for each in running])
-            columns.append(3)
+    def _call(self, running):
+        """The answers to the next calls of these n requests, [1,C,H,W] per source: one call of the model."""
+        asked = [each.run.advance() for each in running]  # (call, x [1,C,H,W]): again the same, if it failed before
+        channels = self._shape[0]
+        guided = torch.tensor([i for i, (call, _) in enumerate(asked) if len(call.sources) == 2], dtype=torch.int64)
+        t = torch.stack([each.times[each.called] for each in running])
         labels = [each.labels[0] for each in running] + [self._null] * len(guided)
         y = None if self._null is None else torch.tensor(labels)  # [R], the conditional rows first
-        t, table = torch.cat((t, t[guided])), table[:, None, columns]  # [R], [n,1,J]
-        t, table, z, y, guided = map(self._on_device, (t, table, z, y, guided))
-        x = torch.stack([each.x for each in running])  # [n,C,H,W]
+        t, y, guided = map(self._on_device, (torch.cat((t, t[guided])), y, guided))  # [R]
+        x = torch.cat([x for _, x in asked])  # [n,C,H,W]
         rows = torch.cat((x, x[guided]))  # [R,C,H,W]
         out = self._model(rows, t) if y is None else self._model(rows, t, y)
         if out.shape not in ((len(rows), channels, *x.shape[2:]), (len(rows), 2 * channels, *x.shape[2:])):
             raise ValueError(f"Engine: the model returned shape {tuple(out.shape)}; expected {tuple(rows.shape)}, or "
                              "twice the channels with a learned sigma")
-        inputs = [x, out[:n, :channels]]
-        if len(guided):
-            null = torch.zeros_like(inputs[1])  # of a request without guidance, whose weight is 0 there
-            inputs.append(null.index_copy_(0, guided, out[n:, :channels]))
-        if z is not None:
-            inputs.append(z)
-        states, = sampler_step(inputs, table, out_dtypes=(torch.float32,))
-        return [state.clone() for state in states]  # no views, which would keep the whole batch
+        null, answers = len(running), []
+        for i, (call, _) in enumerate(asked):
+            mine = [i, null][: len(call.sources)]
+            null += len(mine) - 1
+            found = [out[row : row + 1, :channels].clone() for row in mine]  # no views, which would keep the batch
+            variance = out[i : i + 1, channels:].clone()
+            answers.append((*found, variance if variance.shape[1] else found[0]))
+        return answers
 
     def _on_device(self, tensor):
         if tensor is None or self._device.type != "cuda":

@@ -39,9 +39,9 @@ class Graphs:
         self._captured.clear()
 
     def bind(self, step, model, *settings):
-        """`step` as a function that replays: step(x, *inputs) -> the next x, inputs tensors or None.
+        """`step` as a function that replays: step(*inputs) -> a tuple of tensors, inputs tensors or None.
 
-        Its result is the graph's own buffer: the next call overwrites it. `settings`: what else `step` depends on.
+        Results are the graph's own buffers: the next call overwrites them. `settings`: what else `step` depends on.
         Raises ValueError for tensors that are not on a GPU, RuntimeError where the step cannot be recorded.
         """
         weights = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
@@ -65,20 +65,33 @@ class Graphs:
 
 
 class Captured:
-    """step(x, *inputs) -> the next x, recorded for tensors of one shape each (None stays None)."""
+    """step(*inputs) -> a tuple of tensors, recorded for tensors of one shape each (None stays None)."""
 
     def __init__(self, step, inputs):
         with torch.inference_mode(False):  # buffers that may be written in any mode
             self.inputs = [t if t is None else t.clone() for t in inputs]
         self._step = step  # and by it the model, whose weights the graph knows by their addresses
 
+        self.outputs = []
+
         def advance():
-            self.inputs[0].copy_(step(*self.inputs))
+            results = step(*self.inputs)
+            self.outputs = self.outputs or [self._buffer(i, result) for i, result in enumerate(results)]
+            for buffer, result in reversed(list(zip(self.outputs, results, strict=True))):
+                buffer.copy_(result)  # the state last: others may be views of its buffer
 
         self._replay = record(advance, inputs[0].device)
 
+    def _buffer(self, i, result):
+        """Where result i stays: the first, if it is the next state, in the buffer that it is read from."""
+        state = self.inputs[0]
+        if i == 0 and (result.shape, result.dtype) == (state.shape, state.dtype):
+            return state
+        with torch.inference_mode(False):
+            return torch.empty_like(result)
+
     def __call__(self, *inputs):
-        """The next x, in `inputs[0]`, whose buffer it may be given."""
+        """The results; they may be given as inputs again."""
         for i, (buffer, given) in enumerate(zip(self.inputs, inputs, strict=True)):
             if given is buffer:
                 continue
@@ -90,7 +103,7 @@ class Captured:
                                  "one, as Graphs does by itself")
             buffer.copy_(given, non_blocking=True)
         self._replay()
-        return self.inputs[0]
+        return tuple(self.outputs)
 
 
 _streams = {}  # device -> the stream that steps are recorded on: what libraries keep per stream is kept once

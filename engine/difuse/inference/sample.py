@@ -5,23 +5,23 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
-from difuse.diffusion.samplers import SAMPLERS, initial_noise
+from difuse.diffusion.samplers import Previews, find_sampler, initial_noise
 
 
 @torch.no_grad()
-def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guidance=1.5, seeds=None, batch_size=None,
-           progress=False, callback=None, graphs=None):
+def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guidance=1.5, spacing=None, seeds=None,
+           batch_size=None, image=None, strength=1.0, mask=None, progress=False, callback=None, graphs=None, **options):
     """One image per label: float32 [N,C,H,W] on the model's device.
 
     model: as `difuse.models.DiT`, with `config["in_channels"]`, `config["input_size"]` and `num_classes`; it runs in
     eval mode and goes back to the mode it was in. labels: int64 [N] or a list of ints. process, prediction: what it
-    was trained with. sampler: "ddpm", "ddim" or "flow_euler". seeds: one integer per image (default 0, 1, 2, ...); an
-    image depends on its seed and label, not on batch_size. progress shows a bar of model calls. callback(step, x) is
-    called after every step of every batch. graphs: a `difuse.Graphs`, on a GPU, records each step once and replays it:
-    the same images, and the host is free meanwhile. Raises ValueError or TypeError for what does not fit.
+    was trained with. sampler: a name of `difuse.diffusion.SAMPLERS`; steps, guidance, spacing, image, strength, mask
+    and options are its own, see difuse/diffusion/samplers.py. seeds: one integer per image (default 0, 1, 2, ...); an
+    image depends on its seed and label, not on batch_size. progress shows a bar of steps. callback(step, x) is called
+    after every step of every batch. graphs: a `difuse.Graphs`, on a GPU, records each step once and replays it: the
+    same images, and the host is free meanwhile. Raises ValueError or TypeError for what does not fit.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sample: sampler {sampler!r} is unknown; expected one of {', '.join(SAMPLERS)}")
+    method = find_sampler(sampler)
     device = next(model.parameters()).device
     labels = torch.as_tensor(labels, device=device)
     if labels.dim() != 1 or len(labels) == 0:
@@ -36,25 +36,29 @@ def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guid
     shape = (model.config["in_channels"], model.config["input_size"], model.config["input_size"])
     batches = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
     was_training = model.training
+    count = steps if isinstance(steps, int) else len(steps)
+    count -= int((1 - strength) * count)
     model.eval()
     try:
-        with tqdm(total=steps * len(batches), desc=sampler, unit="step", disable=not progress,
+        with tqdm(total=count * len(batches), desc=sampler, unit="step", disable=not progress,
                   mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
 
             done = _Done(bar)
 
-            def after_step(step, x):
+            def after_step(step, x, *x0):
                 done.count(x)
-                if callback is not None:
-                    callback(step, x)
+                return None if callback is None else callback(step, x, *x0)
 
+            watch = Previews(after_step) if isinstance(callback, Previews) else after_step
             images = []
             for batch in batches:
                 noise, generators = initial_noise(shape, seeds[batch], device)
-                images.append(SAMPLERS[sampler](
+                start = {name: tensor if tensor is None else tensor[batch]
+                         for name, tensor in (("image", image), ("mask", mask))}
+                images.append(method(
                     model, noise, process=process, steps=steps, prediction=prediction, labels=labels[batch],
-                    guidance=guidance, generators=generators, callback=after_step if progress or callback else None,
-                    graphs=graphs))
+                    guidance=guidance, spacing=spacing, generators=generators, strength=strength, graphs=graphs,
+                    callback=watch if progress or callback else None, **start, **options))
             done.wait()
     finally:
         model.train(was_training)

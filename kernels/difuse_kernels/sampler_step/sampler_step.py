@@ -12,8 +12,9 @@ alone, and agree between backends to float32 rounding. sampler_step_reference.py
 seeds, steps and coefficients on the device: one captured CUDA graph serves every step, with new values in place.
 
 Inputs have one shape [B,...]; their strides are free and their dtypes may be mixed (float32, bfloat16, float16; float64
-on the reference, which then sums in float64). Sums are float32, each input is read once, each output written once. The
-arithmetic is plain: a coefficient of 0 turns an infinity or NaN into NaN, it does not switch the input off.
+on the reference, which then sums in float64, with coefficients that may be float64 too). Sums are float32, each input
+is read once, each output written once. The arithmetic is plain: a coefficient of 0 turns an infinity or NaN into NaN,
+it does not switch the input off.
 """
 import torch
 
@@ -38,9 +39,10 @@ def _check(inputs, coefficients, noise, out_dtypes):
             raise ValueError(f"sampler_step: inputs have shapes {tuple(shape)} and {tuple(x.shape)}; expected one "
                              "shape [B,...]. Slice off what the step does not use, e.g. the learned variance")
     check_tensor("sampler_step", "coefficients", coefficients, "[I,J] or [B,I,J]", (2, 3))
-    if coefficients.dtype != torch.float32:
-        raise TypeError(f"sampler_step: coefficients has dtype {coefficients.dtype}; expected torch.float32. Compute "
-                        "it in float64 and convert it with .float()")
+    exact = coefficients.dtype == torch.float64 and any(x.dtype == torch.float64 for x in inputs)
+    if coefficients.dtype != torch.float32 and not exact:
+        raise TypeError(f"sampler_step: coefficients has dtype {coefficients.dtype}; expected torch.float32, or "
+                        "float64 beside an input of float64. Compute it in float64 and convert it with .float()")
     if noise is not None:
         _check_noise(noise, inputs[0])
     *B, I, J = coefficients.shape  # noqa: E741

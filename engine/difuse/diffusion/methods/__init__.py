@@ -1,0 +1,1 @@
+"""Samplers as their papers write them; `difuse.diffusion.samplers` runs them."""

@@ -1,0 +1,281 @@
+"""What a sampler does, recorded before it runs: model calls, noise, and linear maps of a few tensors between them.
+
+A method computes with `Combination`s, sums of tensors that do not exist yet, in float64. `Recorder.write` turns those
+that must become tensors into one `Map`, which is one call of `sampler_step`: guidance, conversions of the prediction,
+a solver's history and its noise are columns of one matrix, whatever the method. Operations that are not linear are
+`Apply` instructions on tensors. Every tensor has a number of its own and is written once; `Program` drops what nobody
+reads and knows when each tensor is read last.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from difuse_kernels import sampler_step
+
+_MAX_INPUTS, _MAX_OUTPUTS = 8, 4  # of one sampler_step
+
+
+class Combination:
+    """sum_i c_i * tensor_i: `terms` is {number of the tensor: c_i}."""
+
+    __slots__ = ("terms",)
+    __array_ufunc__ = None  # numpy's numbers leave products to us
+
+    def __init__(self, terms):
+        self.terms = terms
+
+    def __add__(self, other):
+        if not isinstance(other, Combination):
+            return NotImplemented
+        terms = dict(self.terms)
+        for tensor, c in other.terms.items():
+            terms[tensor] = terms.get(tensor, 0.0) + c
+        return Combination(terms)
+
+    def __mul__(self, number):
+        return Combination({tensor: float(number) * c for tensor, c in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other):
+        return self + -1.0 * other
+
+    def __neg__(self):
+        return -1.0 * self
+
+    def __truediv__(self, number):
+        return Combination({tensor: c / float(number) for tensor, c in self.terms.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """outputs_i = sum_j coefficients[i,j] * inputs_j, in one pass."""
+
+    inputs: tuple
+    outputs: tuple
+    coefficients: np.ndarray  # float64 [I,J]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The model on inputs[0] at `node`, once for each of `sources`, which guidance mixes; see guidance.py."""
+
+    inputs: tuple
+    outputs: tuple
+    node: object
+    step: int
+    sources: tuple
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """Standard normal noise."""
+
+    inputs: tuple
+    outputs: tuple
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """outputs[0] = function(*inputs), which is not linear. It must not write to its inputs."""
+
+    inputs: tuple
+    outputs: tuple
+    function: Callable
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A step is over; inputs are the state and, if it is wanted, the predicted x0."""
+
+    inputs: tuple
+    outputs: tuple
+    step: int
+
+
+class Recorder:
+    """Collects instructions."""
+
+    def __init__(self):
+        self.instructions, self._count = [], 0
+
+    def tensor(self):
+        """A new tensor, as a combination of itself."""
+        self._count += 1
+        return Combination({self._count - 1: 1.0})
+
+    def add(self, kind, *inputs, results=1, **fields):
+        """One more instruction that reads these combinations; its results, new tensors."""
+        self.write(inputs)
+        outputs = [self.tensor() for _ in range(results)]
+        self.instructions.append(kind(inputs=tuple(map(number, inputs)), outputs=tuple(map(number, outputs)), **fields))
+        return outputs
+
+    def write(self, combinations):
+        """Let each of these be one tensor from here on, the same object as before."""
+        rows = {}  # what is to be written: [the combinations that are this]
+        for combination in combinations:
+            terms = {tensor: c for tensor, c in combination.terms.items() if c != 0}
+            if not np.isfinite(list(terms.values())).all():
+                raise ValueError(f"the coefficients of a step are {list(terms.values())}; expected finite numbers")
+            if not terms or list(terms.values()) == [1.0]:
+                combination.terms = terms
+            else:
+                rows.setdefault(tuple(sorted(terms.items())), []).append(combination)
+        pending = list(rows.items())
+        while pending:
+            part, pending = pending[:_MAX_OUTPUTS], pending[_MAX_OUTPUTS:]
+            inputs = sorted({tensor for terms, _ in part for tensor, _ in terms})
+            if len(inputs) > _MAX_INPUTS:
+                raise ValueError(f"a step reads {len(inputs)} tensors at once; expected at most {_MAX_INPUTS}")
+            outputs = [self.tensor() for _ in part]
+            coefficients = np.array([[dict(terms).get(tensor, 0.0) for tensor in inputs] for terms, _ in part])
+            self.instructions.append(Map(tuple(inputs), tuple(map(number, outputs)), coefficients))
+            for (_, same), output in zip(part, outputs, strict=True):
+                for combination in same:
+                    combination.terms = dict(output.terms)
+
+
+def number(combination):
+    """The number of the one tensor that this is."""
+    if len(combination.terms) != 1:
+        raise ValueError("a step's state is 0 whatever the model says; expected a coefficient that is not")
+    return next(iter(combination.terms))
+
+
+class Program:
+    """Instructions without those that nobody reads; `dropped[i]` are the tensors that instruction i reads last."""
+
+    def __init__(self, instructions, results=()):
+        needed, kept = set(results), []
+        for instruction in reversed(instructions):
+            if isinstance(instruction, Map):
+                instruction = _pruned(instruction, needed)
+            elif isinstance(instruction, (Draw, Apply)) and not needed & set(instruction.outputs):
+                instruction = None
+            if instruction is not None:
+                needed -= set(instruction.outputs)
+                needed |= set(instruction.inputs)
+                kept.append(instruction)
+        self.instructions = kept[::-1]
+        self.calls = [each for each in self.instructions if isinstance(each, Call)]
+        self.draws = any(isinstance(each, Draw) for each in self.instructions)
+        seen, self.dropped = set(results), []
+        for instruction in kept:
+            tensors = {*instruction.inputs, *instruction.outputs}
+            self.dropped.append(tuple(tensors - seen))
+            seen |= tensors
+        self.dropped.reverse()
+
+    def tables(self, device, dtype=torch.float32):
+        """The coefficients of every map [I,J], views of one tensor on the device; None for other instructions."""
+        maps = [each.coefficients for each in self.instructions if isinstance(each, Map)]
+        flat = np.concatenate([each.reshape(-1) for each in maps]) if maps else np.zeros(0)
+        parts = iter(to_device(torch.from_numpy(flat).to(dtype), device).split([each.size for each in maps]))
+        return [next(parts).reshape(each.coefficients.shape) if isinstance(each, Map) else None
+                for each in self.instructions]
+
+    def segments(self):
+        """The instructions step by step, as `Segment`s."""
+        segments, first = [], 0
+        for i, instruction in enumerate(self.instructions):
+            if isinstance(instruction, Done):
+                segments.append(Segment(self, first, i + 1))
+                first = i + 1
+        return segments
+
+
+class Segment:
+    """The instructions of a step, the tensors it reads, those that are there after it, the state first, its structure.
+
+    What an earlier step wrote and a later one needs passes through: it is read and written here too. Segments of one
+    structure do the same to other tensors, at other times and with other coefficients.
+    """
+
+    def __init__(self, program, first, end):
+        self.first, self.instructions = first, program.instructions[first:end]
+        before = {tensor for each in program.instructions[:first] for tensor in each.outputs}
+        later = {tensor for each in program.instructions[end:] for tensor in each.inputs}
+        written, self.reads = set(), []
+        for each in self.instructions:
+            self.reads += [tensor for tensor in each.inputs if tensor not in written and tensor not in self.reads]
+            written |= set(each.outputs)
+        self.reads += sorted(before & later - set(self.reads))
+        state, *_ = self.instructions[-1].inputs
+        self.writes = [state, *sorted((written | before) & later - {state})]
+        names = {}
+        for tensor in (*self.reads, *(tensor for each in self.instructions for tensor in each.outputs)):
+            names.setdefault(tensor, len(names))
+        self.structure = tuple((type(each).__name__, *(tuple(names[tensor] for tensor in side)
+                                                       for side in (each.inputs, each.outputs)),
+                                getattr(each, "sources", None)) for each in self.instructions), tuple(
+                                    names[tensor] for tensor in self.writes)
+
+
+def to_device(tensor, device):
+    """A copy there that the host does not wait for."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _pruned(instruction, needed):
+    rows = [i for i, output in enumerate(instruction.outputs) if output in needed]
+    columns = [j for j in range(len(instruction.inputs)) if instruction.coefficients[rows, j].any()]
+    if not rows:
+        return None
+    return Map(tuple(instruction.inputs[j] for j in columns), tuple(instruction.outputs[i] for i in rows),
+               instruction.coefficients[np.ix_(rows, columns)])
+
+
+class Run:
+    """A program at work on tensors: `advance` to the next model call, `give` its outputs, until `x` is the result.
+
+    tensors: those that are given, the noise [B,...] first. draw: a function that returns standard normal noise. done:
+    a function of (step, x, ...) after each step, whose result, if it is a tensor, takes the state's place; False ends
+    it. tables: the program's, if they are there already.
+    """
+
+    def __init__(self, program, tensors, draw, done=None, tables=None):
+        self.program, self._draw, self._done = program, draw, done
+        self.x, self.tensors, self._at = tensors[0], dict(enumerate(tensors)), 0
+        self._tables = tables or program.tables(self.x.device, self.x.dtype)
+
+    def advance(self):
+        """The next `Call` and its input; None at the end."""
+        while self._at < len(self.program.instructions):
+            instruction = self.program.instructions[self._at]
+            inputs = [self.tensors[tensor] for tensor in instruction.inputs]
+            if isinstance(instruction, Call):
+                return instruction, inputs[0]
+            if isinstance(instruction, Map):
+                self.give(sampler_step(inputs, self._tables[self._at],
+                                       out_dtypes=(self.x.dtype,) * len(instruction.outputs)))
+            elif isinstance(instruction, Draw):
+                self.give((self._draw(),))
+            elif isinstance(instruction, Apply):
+                self.give((instruction.function(*inputs),))
+            elif self._finished(instruction, *inputs):
+                break
+        return None
+
+    def give(self, outputs):
+        """The results of the instruction it is at, which is over."""
+        self.tensors.update(zip(self.program.instructions[self._at].outputs, outputs, strict=True))
+        for tensor in self.program.dropped[self._at]:
+            self.tensors.pop(tensor, None)
+        self._at += 1
+
+    def _finished(self, done, x, *preview):
+        """The end of a step; whether sampling ends with it."""
+        self.x = x
+        answer = None if self._done is None else self._done(done.step, x, *preview)
+        if isinstance(answer, torch.Tensor):
+            if answer.shape != x.shape or answer.dtype != x.dtype:
+                raise ValueError(f"the callback returned {answer.dtype} {tuple(answer.shape)} as the state; expected "
+                                 f"{x.dtype} {tuple(x.shape)}")
+            self.x = self.tensors[done.inputs[0]] = answer
+        self.give(())
+        return answer is False
