@@ -8,7 +8,7 @@ PART ?=
 TRITON_OLDEST := 3.6.0
 OLDEST := build/triton-$(TRITON_OLDEST)
 
-.PHONY: demo test lint equivalence bench kernels oldest-triton sanitize gpu gpu-dry native clean
+.PHONY: demo test lint equivalence schedulers bench kernels oldest-triton sanitize gpu gpu-dry native clean
 
 demo: $(READY)  ## train on real digits, sample, judge; pictures and report under demo/
 	$(BIN)/difuse demo $(ARGS)
@@ -21,6 +21,9 @@ lint: $(READY)
 
 equivalence: $(READY)  ## accelerated models of other libraries against the unmodified ones: docs/equivalence.md
 	$(BIN)/python -m benchmarks.equivalence $(ARGS)
+
+schedulers: $(READY)  ## fused diffusers schedulers against diffusers' own: 200 drawn configurations of each class
+	DIFUSE_SCHEDULERS=200 $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_schedulers.py -k trajectories $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run all $(ARGS)
