@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run [ops|linear|model|frozen|train|engine|all]`: difuse against eager and torch.compile.
+"""`python -m benchmarks.run [ops|linear|model|frozen|train|engine|update|all]`: difuse against eager and torch.compile.
 
 A speed is printed only after the correctness gate of the same case and dtype has passed. Rivals take turns in one
 process; times are medians of at least 7 runs with their spread (inter-quartile range). Writes one JSON file and one
@@ -20,7 +20,17 @@ import torch
 from tqdm import tqdm
 
 import difuse
-from benchmarks import bench_engine, bench_frozen, bench_linear, bench_model, bench_ops, bench_train, rivals, roofline
+from benchmarks import (
+    bench_engine,
+    bench_frozen,
+    bench_linear,
+    bench_model,
+    bench_ops,
+    bench_train,
+    bench_update,
+    rivals,
+    roofline,
+)
 from difuse.files import check_folder, write_atomically
 from difuse_kernels import native
 from difuse_kernels.dispatch import OPS
@@ -28,7 +38,7 @@ from difuse_kernels.dispatch import OPS
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = {"ops": bench_ops, "linear": bench_linear, "model": bench_model, "frozen": bench_frozen, "train": bench_train,
-          "engine": bench_engine}
+          "engine": bench_engine, "update": bench_update}
 SCHEMA = 1
 NOISY = 0.2  # a spread above this is named beside the row's ratios
 COLUMNS = ("op", "case", "dtype", "pass", "backend", "difuse", "eager", "x eager", "compile", "x compile", "ceiling",
@@ -236,7 +246,8 @@ def cells(row):
     if max(timing["spread"] for timing in times.values()) > NOISY:
         remarks.append("noisy")
     remarks += [f"{ratios[name]:.2f} x {title}" for name, title in (
-        ("openvino", "OpenVINO"), ("onnxruntime", "ONNX Runtime"), ("onednn", "oneDNN")) if name in ratios]
+        ("openvino", "OpenVINO"), ("onnxruntime", "ONNX Runtime"), ("onednn", "oneDNN"),
+        ("from_diffusers", "the scheduler swapped in")) if name in ratios]
     if "errors" in row:
         errors = {name: "-" if error is None else f"{error:.1e}" for name, error in row["errors"].items()}
         remarks.append(f"error {errors.pop('difuse')}; {', '.join(map(' '.join, errors.items()))}")

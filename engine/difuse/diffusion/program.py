@@ -245,17 +245,18 @@ class Run:
 
     def advance(self):
         """The next `Call` and its input; None at the end."""
-        while self._at < len(self.program.instructions):
-            instruction = self.program.instructions[self._at]
-            inputs = [self.tensors[tensor] for tensor in instruction.inputs]
-            if isinstance(instruction, Call):
+        instructions, tensors = self.program.instructions, self.tensors
+        while self._at < len(instructions):
+            instruction = instructions[self._at]
+            kind, inputs = type(instruction), [tensors[tensor] for tensor in instruction.inputs]
+            if kind is Call:
                 return instruction, inputs[0]
-            if isinstance(instruction, Map):
+            if kind is Map:
                 self.give(sampler_step(inputs, self._tables[self._at],
                                        out_dtypes=(self.x.dtype,) * len(instruction.outputs)))
-            elif isinstance(instruction, Draw):
+            elif kind is Draw:
                 self.give((self._draw(),))
-            elif isinstance(instruction, Apply):
+            elif kind is Apply:
                 self.give((instruction.function(*inputs),))
             elif self._finished(instruction, *inputs):
                 break
@@ -263,9 +264,11 @@ class Run:
 
     def give(self, outputs):
         """The results of the instruction it is at, which is over."""
-        self.tensors.update(zip(self.program.instructions[self._at].outputs, outputs, strict=True))
+        tensors = self.tensors
+        for tensor, output in zip(self.program.instructions[self._at].outputs, outputs, strict=True):
+            tensors[tensor] = output
         for tensor in self.program.dropped[self._at]:
-            self.tensors.pop(tensor, None)
+            del tensors[tensor]
         self._at += 1
 
     def _finished(self, done, x, *preview):

@@ -83,7 +83,7 @@ def _as_rows(result):
     return result.double().as_subclass(Row) if not isinstance(result, Row) else result
 
 
-def _elementwise(func, args, kwargs, *tensors):
+def _elementwise(func, args, kwargs, _scheduler, *tensors):
     """func on the tensors that the rows among its arguments stand for; 0-dimensional ones keep their value."""
     tensors = iter(tensors)
     like = None
@@ -141,7 +141,8 @@ class _Trace:
 
 def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_given):
     """([Step], [time]) from this time on to the end of the schedule."""
-    twin, times = twin_from(scheduler, cls, timestep)
+    twin = twin_from(scheduler, cls)
+    times = times_from(twin, timestep)
     channels = sample.shape[1] if model_output.shape != sample.shape else 1
     trace, steps = _Trace(cls.__name__), []
     step = None
@@ -153,8 +154,7 @@ def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_g
         return trace.unit(z, channels)
 
     if hasattr(twin, "_threshold_sample"):
-        twin._threshold_sample = lambda row: trace.apply(
-            functools.partial(cls._threshold_sample, scheduler), [row])
+        twin._threshold_sample = lambda row: trace.apply(cls._threshold_sample, [row])
     _Trace.current, before = trace, _Trace.current
     try:
         with _Noise(draw):
@@ -236,7 +236,8 @@ class Types:
 
 def types_of(scheduler, cls, name, timestep, options, model_output, sample, count):
     """[Types] of the original's steps for these dtypes, found on tensors of one element a channel."""
-    twin, times = twin_from(scheduler, cls, timestep)
+    twin = twin_from(scheduler, cls)
+    times = times_from(twin, timestep)
     x, m = (torch.zeros(1, each.shape[1], 1, 1, dtype=each.dtype) for each in (sample, model_output))
     steps, draws = [], []
 
@@ -255,15 +256,19 @@ def types_of(scheduler, cls, name, timestep, options, model_output, sample, coun
     return steps
 
 
-def twin_from(scheduler, cls, timestep):
-    """An own copy of the scheduler, on the CPU, and the times of its steps from this one on."""
+def twin_from(scheduler, cls):
+    """An own copy of the scheduler, of its class, on the CPU."""
     twin = cls.__new__(cls)
     for key, value in vars(scheduler).items():
-        if key != "_plan":
+        if key not in ("_trajectory", "_plans"):
             vars(twin)[key] = value.cpu() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-    schedule = twin.timesteps
-    if not isinstance(schedule, torch.Tensor):
-        schedule = torch.as_tensor(schedule)
+    return twin
+
+
+def times_from(twin, timestep):
+    """The times of the steps of `twin` from this one on."""
+    timestep = torch.as_tensor(timestep).cpu()
+    schedule = torch.as_tensor(twin.timesteps)
     if hasattr(twin, "step_index"):
         if twin.step_index is None:
             with contextlib.suppress(IndexError):  # no such time: its step says so
@@ -272,7 +277,7 @@ def twin_from(scheduler, cls, timestep):
     elif hasattr(twin, "counter"):
         first = twin.counter
     else:
-        found = (schedule == torch.as_tensor(timestep).cpu()).nonzero().flatten().tolist()
+        found = (schedule == timestep).nonzero().flatten().tolist()
         first = found[0] if found else None
-    times = [torch.as_tensor(timestep).cpu()] if first is None else list(schedule[first:])
-    return twin, times or [torch.as_tensor(timestep).cpu()]
+    times = [] if first is None else list(schedule[first:])
+    return times or [timestep]

@@ -16,7 +16,6 @@ its roundings too: it is diffusers' own step.
 import copy
 import functools
 import inspect
-from dataclasses import fields
 
 import torch
 
@@ -48,19 +47,21 @@ def from_diffusers(scheduler, *, rounding="float32"):
 
 
 class Fused:
-    """What fused schedulers have in common: the plan of the trajectory that they are in."""
+    """What fused schedulers have in common: where they are in which plan, and the plans they have made."""
 
-    _plan = None
+    _trajectory = None
 
     def __deepcopy__(self, memo):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "_plan"})
+        vars(new).update({name: copy.deepcopy(value, memo) for name, value in self._own().items()})
         return new
 
     def __reduce__(self):
-        state = {name: value for name, value in vars(self).items() if name != "_plan"}
-        return _restored, (*type(self).fused_from, state)
+        return _restored, (*type(self).fused_from, self._own())
+
+    def _own(self):
+        return {name: value for name, value in vars(self).items() if name not in ("_trajectory", "_plans")}
 
 
 def _restored(cls, name, state):
@@ -86,19 +87,21 @@ def _fused_class(cls, name):
                             return_dict=return_dict)
         if noise is not None and generator is not None:
             raise ValueError(f"{cls.__name__}: got both a generator and variance_noise; expected one of them")
-        plan = self._plan
-        if plan is None or not plan.fits(timestep, options, model_output, sample, noise):
-            if plan is not None and plan.carries:
+        trajectory = self._trajectory
+        if trajectory is None or not trajectory.fits(timestep, options, model_output, sample, noise):
+            if trajectory is not None and trajectory.carries:
                 raise ValueError(f"{cls.__name__}: this step does not follow the last one (another shape, dtype, "
                                  "option or time), and what that left is of no use here; call set_timesteps first")
-            plan = self._plan = _Plan(self, cls, name, timestep, options, model_output, sample, noise)
-        outputs = plan.step(self, model_output, sample, generator, noise)
-        return outputs if return_dict else tuple(
-            value for field in fields(outputs) if (value := getattr(outputs, field.name)) is not None)
+            plan = _plan(self, cls, name, timestep, options, model_output, sample, noise)
+            trajectory = self._trajectory = _Trajectory(self, plan)
+        outputs = trajectory.step(self, model_output, sample, generator, noise)
+        if return_dict:
+            return trajectory.plan.output(**outputs)
+        return tuple(outputs.values())
 
     @functools.wraps(cls.set_timesteps)
     def set_timesteps(self, *args, **kwargs):
-        self._plan = None
+        self._trajectory = None
         return cls.set_timesteps(self, *args, **kwargs)
 
     return type(cls.__name__, (Fused, cls), {
@@ -106,15 +109,36 @@ def _fused_class(cls, name):
         "set_timesteps": set_timesteps})
 
 
+_KEPT_PLANS = 4
+
+
+def _plan(scheduler, cls, name, timestep, options, model_output, sample, noise):
+    """The plan from this time on: one that was made for the same schedule, options and tensors, or a new one."""
+    found = (getattr(scheduler, of, None) for of in ("timesteps", "sigmas"))
+    schedule = [tuple(tensor.tolist()) if isinstance(tensor, torch.Tensor) else str(tensor) for tensor in found]
+    start = None if isinstance(timestep, torch.Tensor) else type(timestep)  # which a step may refuse
+    key = (*schedule, float(timestep), start, *(getattr(scheduler, at, None) for at in (
+        "step_index", "begin_index", "counter")), tuple(sorted(options.items())), _kind(model_output, sample, noise))
+    plans = vars(scheduler).setdefault("_plans", {})
+    if plans.setdefault("config", scheduler.config) is not scheduler.config:  # registered anew since
+        plans.clear()
+        plans["config"] = scheduler.config
+    if key not in plans:
+        while len(plans) > _KEPT_PLANS:
+            del plans[next(each for each in plans if each != "config")]
+        plans[key] = _Plan(scheduler, cls, name, timestep, options, model_output, sample, noise)
+    return plans[key]
+
+
 class _Plan:
-    """The steps from one time on, as instructions, and where the trajectory is in them."""
+    """The steps from one time on, as instructions. It does not change."""
 
     def __init__(self, scheduler, cls, name, timestep, options, model_output, sample, noise):
-        self.options, self.at = dict(options), 0
+        self.options = dict(options)
         self.kind = _kind(model_output, sample, noise)
         self.work = torch.float64 if torch.float64 in (sample.dtype, model_output.dtype) else torch.float32
         self.steps, self.times = trace(scheduler, cls, name, timestep, options, model_output, sample, noise is not None)
-        self.counts = hasattr(scheduler, "step_index")  # steps, whatever time it is given
+        self.output = self.steps[0].output
         self.types = None
         if {sample.dtype, model_output.dtype} != {torch.float32}:
             self.types = types_of(scheduler, cls, name, timestep, options, model_output, sample, len(self.steps))
@@ -133,44 +157,54 @@ class _Plan:
                 needed -= set(instruction.outputs)
                 needed |= set(instruction.inputs)
         self.later.reverse()
-        self.tensors = {}
+
+
+class _Trajectory:
+    """Where a scheduler is in a plan, and the tensors that later steps need."""
+
+    def __init__(self, scheduler, plan):
+        self.plan, self.at, self.tensors = plan, 0, {}
+        self.counts = hasattr(scheduler, "step_index")  # steps, whatever time it is given
 
     @property
     def carries(self):
         """Whether the next step needs something of the last."""
-        return bool(self.tensors) and self.at < len(self.steps)
+        return bool(self.tensors) and self.at < len(self.plan.steps)
 
     def fits(self, timestep, options, model_output, sample, noise):
         """Whether the plan's next step is the one that is asked for."""
-        if self.at >= len(self.steps) or options != self.options or _kind(model_output, sample, noise) != self.kind:
+        plan = self.plan
+        if self.at >= len(plan.steps) or options != plan.options or _kind(model_output, sample, noise) != plan.kind:
             return False
         if self.counts or (isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"):
             return True  # to look on a GPU would be to wait for it: the next one is meant
-        return float(timestep) == self.times[self.at]
+        return float(timestep) == plan.times[self.at]
 
     def step(self, scheduler, model_output, sample, generator, noise):
-        """The original's output; what users see of `scheduler` moves on as the original's would."""
-        step, tensors = self.steps[self.at], self.tensors
-        types = self.types[self.at] if self.types else None
-        for tensor, value in zip(step.given, (sample, *model_output.split(sample.shape[1], 1)), strict=False):
-            tensors[tensor] = value
-        later = self.later[self.at]
+        """{field of the original's output: tensor}; what users see of `scheduler` moves on as the original's would."""
+        plan, tensors = self.plan, self.tensors
+        step, later = plan.steps[self.at], plan.later[self.at]
+        types = plan.types[self.at] if plan.types else None
+        if len(step.given) == 2:
+            tensors[step.given[0]], tensors[step.given[1]] = sample, model_output
+        else:  # the output has a learned variance behind it
+            tensors.update(zip(step.given, (sample, *model_output.split(sample.shape[1], 1)), strict=True))
         own = {}  # dtypes of results that no later step reads
         if types:
             own = {tensor: types.results[name] for name, tensor in step.results.items() if tensor not in later}
         drawn = 0
-        for instruction, table in self.parts[self.at]:
+        for instruction, table in plan.parts[self.at]:
             inputs = [tensors[tensor] for tensor in instruction.inputs]
             results = ()
             if isinstance(instruction, Map):
                 results = sampler_step(inputs, table, out_dtypes=[
-                    own.get(tensor, self.work) for tensor in instruction.outputs])
+                    own.get(tensor, plan.work) for tensor in instruction.outputs])
             elif isinstance(instruction, Draw):
-                dtype = types.draws[drawn] if types else self.work
+                dtype = types.draws[drawn] if types else plan.work
                 z = noise if noise is not None else step.draws[drawn](scheduler, sample, generator, dtype)
-                results, drawn = (z.to(self.work),), drawn + 1
+                results, drawn = (z.to(plan.work),), drawn + 1
             elif isinstance(instruction, Apply):
-                results = (instruction.function(*inputs),)
+                results = (instruction.function(scheduler, *inputs),)
             tensors.update(zip(instruction.outputs, results, strict=True))
         vars(scheduler).update(step.state)
         outputs = {name: tensors[tensor] for name, tensor in step.results.items()}
@@ -178,7 +212,7 @@ class _Plan:
             outputs = {name: tensor.to(types.results[name]) for name, tensor in outputs.items()}
         self.tensors = {tensor: tensors[tensor] for tensor in later if tensor in tensors}
         self.at += 1
-        return step.output(**outputs)
+        return outputs
 
 
 def _kind(model_output, sample, noise):
