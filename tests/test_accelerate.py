@@ -63,12 +63,12 @@ def near(ours, eager):
 def same(ours, eager):
     """Whether two results of forward_and_gradients in float32 differ by rounding alone.
 
-    A gradient that is zero but for rounding, e.g. of a key's bias, is compared with the others' size.
+    A small gradient, e.g. of a key's bias, which is zero but for rounding, is what is left of sums of the usual size:
+    it is compared with a tenth of that. The error budget is another test's.
     """
     usual = statistics.median(value.abs().max() for value in eager.values())
     return ours.keys() == eager.keys() and all(
-        near(ours[key], eager[key]) or max(ours[key].abs().max(), eager[key].abs().max()) <= 1e-6 * usual
-        for key in eager)
+        (ours[key] - eager[key]).abs().max() <= 2e-5 * max(eager[key].abs().max(), 0.1 * usual) for key in eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

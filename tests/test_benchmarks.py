@@ -372,8 +372,9 @@ def test_a_run_writes_its_report_and_prints_it(tiny_cases, tmp_path, capsys):
     assert machine["torch"] == torch.__version__ and machine["threads"] == torch.get_num_threads()
     for key in ("cpu", "cores", "python", "difuse", "commit", "date", "load_average"):
         assert machine[key] is not None and str(machine[key]) in text
-    assert {row["op"] for row in report["rows"]} == {*OPS, "packed_linear", "DiT-tiny"}
-    assert {row["group"] for row in report["rows"]} == {"ops", "linear", "model", "frozen", "train", "engine"}
+    assert {row["op"] for row in report["rows"]} == {*OPS, "packed_linear", "DiT-tiny", "sampler update"}
+    assert {row["group"] for row in report["rows"]} == {"ops", "linear", "model", "frozen", "train", "engine",
+                                                        "update"}
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(report["rows"]) and len({line.count("|") for line in table}) == 1
     assert "GB/s into fresh memory" in text and "GFLOP/s fp32" in text and "±" in text

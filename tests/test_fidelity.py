@@ -119,7 +119,13 @@ def test_bad_draws_are_named(model):
         difuse.fidelity(model, model, lambda m: draw(m) * float("nan"))
     wrong = Scaled(model)
     wrong.forward = lambda x, t, y: model(x, t, y) * float("nan")
-    assert difuse.fidelity(model, wrong, draw).psnr == -math.inf
+    with pytest.raises(FloatingPointError, match="not finite at step 0"):
+        difuse.fidelity(model, wrong, draw)
+
+    def by_hand(m):
+        return draw(model) + m(torch.zeros(1, 1, 4, 4), torch.tensor([3]), torch.tensor([1])).mean()
+
+    assert difuse.fidelity(model, wrong, by_hand).psnr == -math.inf
     with pytest.raises(ValueError, match="did not call the model"):
         difuse.fidelity(model, model, lambda _: torch.zeros(3))
     with pytest.raises(ValueError, match="other images the second time; draw from fixed seeds"):

@@ -53,7 +53,8 @@ def test_special_values(name, backend):
     h = torch.stack([torch.ones_like(z), z], -1).requires_grad_()
     out = gated_activation(h, activation=name, backend=backend)
     (dh,) = torch.autograd.grad(out.sum(), h)
-    torch.testing.assert_close(out[:, 0], ACTIVATIONS[name](z), rtol=1e-6, atol=1e-6, equal_nan=True)
+    exact = ACTIVATIONS[name](z.double()).float()  # torch's own GELU of 3e38 and infinity is NaN with AVX-512
+    torch.testing.assert_close(out[:, 0], exact, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert torch.isfinite(out[:10]).all() and torch.isnan(out[11]).all()
     expected = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 1.0, 0.0], device=z.device)
     torch.testing.assert_close(dh[:8, 1], expected, rtol=1e-6, atol=1e-6)
