@@ -1,4 +1,5 @@
 """Every sampler on a Gaussian mixture, whose score is known: orders, distributions, guidance, control."""
+import copy
 import functools
 import math
 
@@ -22,11 +23,13 @@ from difuse.diffusion import (
     invert,
     path,
     probability_flow,
+    skip_layers,
     slerp,
 )
 from difuse.diffusion.method import record
 from difuse.diffusion.program import Map, Run
 from difuse.diffusion.samplers import _ANY
+from difuse.models import DiT
 from difuse_kernels import use_backend
 
 WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
@@ -562,3 +565,66 @@ def test_the_adaptive_solver_finds_the_solution():
     assert (x0 - exact).abs().max() < 2e-3 and 20 < calls < 2000
     rough, fewer = probability_flow(model, noise, process=process, prediction="eps", rtol=1e-2, atol=1e-2)
     assert fewer < calls and (rough - exact).abs().max() > (x0 - exact).abs().max()
+
+
+def one_step(name, process, nodes, prediction, x, m, z, learned=None, **options):
+    """One step of a sampler whose model says m, and `learned` of its variance, and whose noise is z."""
+    if SAMPLERS[name]._asks_process:
+        options["process"] = process
+    program = record(functools.partial(SAMPLERS[name]._method, **options), nodes, prediction, Guidance())
+    run = Run(program, (x,), lambda: z)
+    with use_backend("reference"):
+        while run.advance() is not None:
+            run.give((m, m if learned is None else learned))
+    return run.x
+
+
+def test_few_step_and_learned_steps_are_the_papers():
+    """Written out: LCM, consistency, the stochastic flow, and DDPM's three variances."""
+    x, m, z, v = torch.randn(4, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vp, flow, edm = VP("scaled_linear"), Flow(), EDM()
+    t, s = vp.nodes(torch.tensor([500, 300]))
+    x0 = (x - t.sigma * m) / t.alpha
+    c_skip, c_out = 0.25 / ((10 * 500) ** 2 + 0.25), 10 * 500 / math.sqrt((10 * 500) ** 2 + 0.25)
+    expected = s.alpha * (c_skip * x + c_out * x0) + s.sigma * z
+    torch.testing.assert_close(one_step("lcm", vp, [t, s], "eps", x, m, z), expected)
+
+    bar_t, bar_s = t.alpha**2, s.alpha**2
+    beta = 1 - bar_t / bar_s
+    mean = (math.sqrt(bar_s) * beta * x0 + math.sqrt(bar_t / bar_s) * (1 - bar_s) * x) / (1 - bar_t)
+    tilde = beta * (1 - bar_s) / (1 - bar_t)
+    part = (v + 1) / 2
+    learned = (0.5 * (part * math.log(beta) + (1 - part) * math.log(tilde))).exp()
+    for variance, std in (("small", math.sqrt(tilde)), ("large", math.sqrt(beta)), ("learned", learned)):
+        got = one_step("ddpm", vp, [t, s], "eps", x, m, z, v, variance=variance)
+        torch.testing.assert_close(got, mean + std * z)
+
+    t, s = flow.nodes(torch.tensor([0.7, 0.4], dtype=torch.float64))
+    torch.testing.assert_close(one_step("flow_stochastic", flow, [t, s], "flow", x, m, z),
+                               0.6 * (x - 0.7 * m) + 0.4 * z)
+    t, s = edm.nodes(torch.tensor([5.0, 0.8], dtype=torch.float64))
+    torch.testing.assert_close(one_step("consistency", edm, [t, s], "x0", x, m, z),
+                               m + math.sqrt(0.8**2 - 0.002**2) * z)
+
+
+def test_a_model_without_some_layers():
+    model = DiT(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=3, num_heads=2, num_classes=4).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([3, 4]), torch.tensor([0, 1])
+    with torch.no_grad():
+        whole = model(x, t, y)
+        skipping = skip_layers(model, [1])
+        short = copy.deepcopy(model)
+        del short.blocks[1]
+        assert torch.equal(skipping(x, t, y), short(x, t, y)) and torch.equal(model(x, t, y), whole)
+        own = model.blocks[1].forward
+        model.blocks[1].forward = lambda *args: own(*args)  # as accelerate sets one on an instance
+        assert torch.equal(skipping(x, t, y), short(x, t, y)) and torch.equal(model(x, t, y), whole)
+    assert not list(skipping.parameters())
+    for bad, words in (([3], "layers are .3."), ([], "layers are"), ([-1], "0 to 2")):
+        with pytest.raises(ValueError, match=words):
+            skip_layers(model, bad)
+    with pytest.raises(ValueError, match="Linear has no blocks"):
+        skip_layers(torch.nn.Linear(2, 2), [0])

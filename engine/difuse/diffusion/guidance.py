@@ -15,6 +15,7 @@ from torch import nn
 
 from difuse.diffusion.parameterizations import coefficients
 from difuse.diffusion.program import Apply
+from difuse.models.layers import DiTBlock
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Guidance:
     def sources(self, step, steps):
         """What the model is asked for: of "cond", "null", "skip", "weak"."""
         low, high = self.interval
-        if not int(low * steps) <= step < math.ceil(high * steps):
+        if not int(low * steps) <= step < int(high * steps):
             return ("cond",)
         other = () if self.scale == 1 else ("null",) if self.weak is None else ("weak",)
         return ("cond", *other, *(("skip",) if self.skip else ()))
@@ -200,6 +201,14 @@ class ClassifierGradient:
             return torch.autograd.grad(self.classifier(x, t, self.labels).sum(), x)[0]
 
 
+def _same(x, *args, **kwargs):
+    return x
+
+
+def _same_stream(x, branch, gate, c):
+    return x, branch, gate  # of difuse's block, which leaves its last branch to the next
+
+
 class skip_layers(nn.Module):  # called like a function
     """`model` without some of its `blocks`: the same weights, for `Guidance(skip=...)`.
 
@@ -222,7 +231,7 @@ class skip_layers(nn.Module):  # called like a function
         before = [vars(block).get("forward") for block in self._skipped]
         try:
             for block in self._skipped:
-                block.forward = lambda x, *args, **kwargs: x
+                block.forward = _same_stream if isinstance(block, DiTBlock) else _same
             return self._model[0](*args, **kwargs)
         finally:
             for block, forward in zip(self._skipped, before, strict=True):

@@ -155,11 +155,14 @@ def replay(program, calls, tensors, draw, callback, graphs):
         raise ValueError(f"{calls.sampler}: these steps are not linear and cannot be replayed with other numbers; "
                          "expected graphs=None with a learned variance, Langevin steps, a mask, a classifier and "
                          "guidance that needs norms")
+    if calls.guidance.skip or calls.guidance.weak or isinstance(callback, Previews):
+        raise ValueError(f"{calls.sampler}: graphs know one model's weights and hand out states; expected graphs=None "
+                         "with Previews, skip or weak")
     known, tables = dict(enumerate(tensors)), program.tables(tensors[0].device)
     times = iter(calls.times.to(tensors[0].device))
-    asked = str(([id(calls.models[name]) for name in ("skip", "weak")], calls.guidance.passes))
     for segment in program.segments():
-        step = graphs.bind(functools.partial(_advance, segment, calls), calls.models["cond"], segment.structure, asked)
+        step = graphs.bind(functools.partial(_advance, segment, calls), calls.models["cond"], segment.structure,
+                           calls.guidance.passes)
         numbers = []  # what this step's instructions take beside tensors: a time, coefficients, noise
         for i, each in enumerate(segment.instructions, segment.first):
             numbers += ([next(times)] if isinstance(each, Call) else [tables[i]] if isinstance(each, Map) else

@@ -118,7 +118,7 @@ def _plan(scheduler, cls, name, timestep, options, model_output, sample, noise):
     schedule = [tuple(tensor.tolist()) if isinstance(tensor, torch.Tensor) else str(tensor) for tensor in found]
     start = None if isinstance(timestep, torch.Tensor) else type(timestep)  # which a step may refuse
     key = (*schedule, float(timestep), start, *(getattr(scheduler, at, None) for at in (
-        "step_index", "begin_index", "counter")), tuple(sorted(options.items())), _kind(model_output, sample, noise))
+        "step_index", "begin_index", "counter")), repr(sorted(options.items())), _kind(model_output, sample, noise))
     plans = vars(scheduler).setdefault("_plans", {})
     if plans.setdefault("config", scheduler.config) is not scheduler.config:  # registered anew since
         plans.clear()

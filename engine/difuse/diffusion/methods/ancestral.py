@@ -80,7 +80,10 @@ def lcm(x, path):
 
 
 def consistency(x, path, *, sigma_min=0.002):
-    """Multistep consistency sampling, Song et al. 2023 (arXiv:2303.01469), algorithm 1, for consistency models."""
+    """Multistep consistency sampling, Song et al. 2023 (arXiv:2303.01469), algorithm 1, for consistency models.
+
+    What the network predicts is taken as it is: its skip connection, which is the identity at sigma_min, is its own.
+    """
     for t, s in steps_of(path):
         m = yield Predict(x, t)
         x = m.x0
