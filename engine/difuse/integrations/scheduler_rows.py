@@ -147,12 +147,17 @@ def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_g
     trace, steps = _Trace(cls.__name__), []
     step = None
 
-    def draw(func, args, kwargs):
+    def drawn(how):
         z, = trace.recorder.add(Draw)
-        step.draws.append(_drawn)
+        step.draws.append(how)
         step.noise.append(number(z))
         return trace.unit(z, channels)
 
+    def draw(func, args, kwargs):
+        return drawn(_randn)
+
+    if hasattr(twin, "noise_sampler"):  # DPMSolverSDEScheduler's, noise of an interval of one Brownian path
+        twin.noise_sampler = lambda sigma, sigma_next: drawn(functools.partial(_brownian, sigma, sigma_next))
     if hasattr(twin, "_threshold_sample"):
         twin._threshold_sample = lambda row: trace.apply(cls._threshold_sample, [row])
     _Trace.current, before = trace, _Trace.current
@@ -220,10 +225,20 @@ def _without_rows(value):
     return value
 
 
-def _drawn(scheduler, sample, generator, dtype):
+def _randn(scheduler, sample, generator, dtype):
     from diffusers.utils.torch_utils import randn_tensor
 
     return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
+
+
+def _brownian(sigma, sigma_next, scheduler, sample, generator, dtype):
+    if scheduler.noise_sampler is None:
+        from diffusers.schedulers.scheduling_dpmsolver_sde import BrownianTreeNoiseSampler
+
+        sigmas = scheduler.sigmas
+        scheduler.noise_sampler = BrownianTreeNoiseSampler(
+            sample, sigmas[sigmas > 0].min().item(), sigmas.max().item(), scheduler.noise_sampler_seed)
+    return scheduler.noise_sampler(sigma, sigma_next)
 
 
 @dataclass
@@ -246,6 +261,8 @@ def types_of(scheduler, cls, name, timestep, options, model_output, sample, coun
         draws.append(dtype)
         return torch.zeros(x.shape, dtype=dtype)
 
+    if hasattr(twin, "noise_sampler"):
+        twin.noise_sampler = lambda *_: draw(torch.randn_like, (x,), {})
     with _Noise(draw):
         for k, time in enumerate(times[:count]):
             output = getattr(cls, name)(twin, m, timestep if k == 0 else time, x, **options)
