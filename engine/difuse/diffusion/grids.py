@@ -17,7 +17,8 @@ from collections.abc import Sequence
 
 import torch
 
-from difuse.diffusion.processes import DATA, VP, VPSDE, Flow
+from difuse.diffusion.node import DATA
+from difuse.diffusion.processes import VP, VPSDE, Flow
 
 _RHO = 7.0
 _BETA = 0.6

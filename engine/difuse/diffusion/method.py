@@ -16,8 +16,8 @@ from itertools import pairwise
 
 import torch
 
+from difuse.diffusion.node import Node
 from difuse.diffusion.parameterizations import coefficients
-from difuse.diffusion.processes import Node
 from difuse.diffusion.program import Apply, Call, Combination, Done, Draw, Program, Recorder, number
 
 steps_of = pairwise  # (t, s) of every step: where it starts and where it ends

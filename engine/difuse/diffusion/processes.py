@@ -10,72 +10,16 @@ EDM     sigma itself is the time, alpha = 1 (Karras et al. 2022, arXiv:2206.0036
 The noise level k = sigma / alpha grows along every path and says where on it one is; `at(k)` is the node there.
 """
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from difuse.diffusion.parameterizations import DATA_STD
+from difuse.diffusion.continuous import EDM, VESDE, VPSDE, SubVPSDE
+from difuse.diffusion.node import Process, check_range
 from difuse.diffusion.schedules import SCHEDULES, zero_terminal_snr
 
 
-@dataclass(frozen=True)
-class Node:
-    """A place on the path, x = alpha * x0 + sigma * noise; `time` is what the model is given there."""
-
-    time: float
-    alpha: float
-    sigma: float
-    scale: float = 1.0  # the model is given scale * x
-
-    @property
-    def k(self):
-        """Noise per signal, sigma / alpha."""
-        return self.sigma / self.alpha if self.alpha else math.inf
-
-    @property
-    def lam(self):
-        """lambda = ln(alpha / sigma), half the log signal-to-noise ratio."""
-        return -math.log(self.k) if 0 < self.k < math.inf else math.inf if self.k == 0 else -math.inf
-
-
-DATA = Node(0.0, 1.0, 0.0)  # the end of every path; no model is called there
-
-
-class _Process:
-    """What processes share: `nodes(t)` in the process's own times, `at(k)`, `levels`, and how noise is given."""
-
-    prior = 1.0  # the state at the noisy end is prior * (standard normal noise)
-    spacing = "uniform"  # of the times, if the user names none
-    model_times = torch.float32  # the dtype of what the model is given
-
-    @property
-    def config(self):
-        """What `process_from_config` needs, ready for JSON."""
-        return {"name": self.name, **{name: getattr(self, name) for name in self.settings}}
-
-    def nodes(self, t):
-        """The nodes at times t [N]."""
-        alpha, sigma = self.alpha_sigma(t)
-        times = self.model_time(t)
-        return [Node(*values, scale=self.scale(values[2])) for values in zip(
-            times.tolist(), alpha.tolist(), sigma.tolist(), strict=True)]
-
-    def scale(self, sigma):
-        """What x is multiplied with before the model is given it."""
-        return 1.0
-
-    def alpha_sigma_of(self, k):
-        """(alpha, sigma) where sigma / alpha is k, on a variance preserving path."""
-        return 1 / math.hypot(1, k), k / math.hypot(1, k)
-
-    def at(self, k):
-        """The node where sigma / alpha is k > 0."""
-        alpha, sigma = self.alpha_sigma_of(k)
-        return Node(self.time_of(k), alpha, sigma, self.scale(sigma))
-
-
-class VP(_Process):
+class VP(Process):
     """Variance preserving process on num_steps discrete times.
 
     schedule: "linear", "scaled_linear" (Stable Diffusion's), "cosine" or "sigmoid". zero_snr: rescaled so that the
@@ -111,7 +55,7 @@ class VP(_Process):
         """
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise TypeError(f"VP: t has dtype {t.dtype}; expected an integer dtype; float times belong to Flow")
-        _check_range(self, t, 0, self.num_steps - 1)
+        check_range(self, t, 0, self.num_steps - 1)
         t = t.long()
         return self.alpha.to(t.device)[t], self.sigma.to(t.device)[t]
 
@@ -131,7 +75,7 @@ class VP(_Process):
         return float(np.interp(math.log(k), known, np.arange(len(known))))
 
 
-class Flow(_Process):
+class Flow(Process):
     """The straight path from data (t = 0) to noise (t = 1).
 
     shift: times are moved towards noise, t to shift*t / (1 + (shift-1)*t), as large images want it (SD3,
@@ -164,7 +108,7 @@ class Flow(_Process):
         """(1 - t, t) at float t in [0, 1]: float64, shaped like t. Raises TypeError for an integer t, else as VP."""
         if not t.is_floating_point():
             raise TypeError(f"Flow: t has dtype {t.dtype}; expected a floating dtype; integer times belong to VP")
-        _check_range(self, t, 0, 1)
+        check_range(self, t, 0, 1)
         t = t.double()
         return 1 - t, t
 
@@ -190,137 +134,6 @@ class Flow(_Process):
         return 1 - (1 - t) * ((1 - self.terminal) / (1 - t[-1]))
 
 
-class VPSDE(_Process):
-    """dx = -beta(t)/2 x dt + sqrt(beta(t)) dw, beta from beta_min to beta_max; the network is given 999 * t."""
-
-    name, settings = "vpsde", ("beta_min", "beta_max")
-    least = 1e-3  # the time below which nothing was trained
-
-    def __init__(self, beta_min=0.1, beta_max=20.0):
-        if not 0 < beta_min < beta_max < math.inf:
-            raise ValueError(f"{type(self).__name__}: beta goes from {beta_min} to {beta_max}; expected 0 < beta_min < "
-                             "beta_max")
-        self.beta_min, self.beta_max = beta_min, beta_max
-
-    def _integral(self, t):
-        return self.beta_min * t + (self.beta_max - self.beta_min) * t**2 / 2  # of beta from 0 to t
-
-    def alpha_sigma(self, t):
-        """(alpha, sigma) at float t in [0, 1]: float64, shaped like t."""
-        if not t.is_floating_point():
-            raise TypeError(f"{type(self).__name__}: t has dtype {t.dtype}; expected a floating dtype")
-        _check_range(self, t, 0, 1)
-        B = self._integral(t.double())
-        return (-B / 2).exp(), (-torch.expm1(-B)).sqrt()
-
-    def model_time(self, t):
-        """What the network is given for t: 999 * t in float32."""
-        return (999 * t).float()
-
-    @property
-    def levels(self):
-        """The least and the greatest k that the network has seen."""
-        alpha, sigma = self.alpha_sigma(torch.tensor([self.least, 1.0], dtype=torch.float64))
-        return tuple((sigma / alpha).tolist())
-
-    def _B(self, k):
-        return math.log1p(k * k)  # alpha^2 = e^-B, sigma^2 = 1 - e^-B
-
-    def time_of(self, k):
-        """999 * t where sigma / alpha is k."""
-        B, slope = self._B(k), self.beta_max - self.beta_min
-        return 999 * 2 * B / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * B))
-
-
-class SubVPSDE(VPSDE):
-    """As VPSDE with less noise: sigma = 1 - alpha^2."""
-
-    name = "subvpsde"
-
-    def alpha_sigma(self, t):
-        """(alpha, sigma) at float t in [0, 1]: float64, shaped like t."""
-        alpha, sigma = super().alpha_sigma(t)
-        return alpha, sigma**2
-
-    def alpha_sigma_of(self, k):
-        """(alpha, 1 - alpha^2) where their ratio gives k."""
-        alpha = 2 / (k + math.sqrt(k * k + 4))
-        return alpha, alpha * k
-
-    def _B(self, k):
-        return -2 * math.log(self.alpha_sigma_of(k)[0])
-
-
-class VESDE(_Process):
-    """Variance exploding: alpha = 1, sigma from sigma_min to sigma_max in a geometric series; given sigma itself."""
-
-    name, settings = "vesde", ("sigma_min", "sigma_max")
-
-    def __init__(self, sigma_min=0.01, sigma_max=50.0):
-        if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(f"{type(self).__name__}: sigma goes from {sigma_min} to {sigma_max}; expected 0 < "
-                             "sigma_min < sigma_max")
-        self.sigma_min, self.sigma_max, self.prior = sigma_min, sigma_max, sigma_max
-        self.levels = sigma_min, sigma_max
-
-    def alpha_sigma(self, t):
-        """(1, sigma) at float t in [0, 1]: float64, shaped like t."""
-        if not t.is_floating_point():
-            raise TypeError(f"{type(self).__name__}: t has dtype {t.dtype}; expected a floating dtype")
-        _check_range(self, t, 0, 1)
-        return torch.ones_like(t, dtype=torch.float64), self.sigma_min * (self.sigma_max / self.sigma_min) ** t.double()
-
-    def alpha_sigma_of(self, k):
-        """(1, k)."""
-        return 1.0, k
-
-    def model_time(self, t):
-        """What the network is given for t: sigma in float32."""
-        return self.alpha_sigma(t)[1].float()
-
-    def time_of(self, k):
-        """sigma, which is k."""
-        return k
-
-
-class EDM(_Process):
-    """alpha = 1, the time is sigma; the network is given x / sqrt(sigma^2 + 0.5^2) and ln(sigma) / 4.
-
-    With prediction="edm" its output F gives x0 = c_skip x + c_out F; see parameterizations.py.
-    """
-
-    name, settings, spacing = "edm", ("sigma_min", "sigma_max"), "karras"
-
-    def __init__(self, sigma_min=0.002, sigma_max=80.0):
-        if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(f"EDM: sigma goes from {sigma_min} to {sigma_max}; expected 0 < sigma_min < sigma_max")
-        self.sigma_min, self.sigma_max, self.prior = sigma_min, sigma_max, sigma_max
-        self.levels = sigma_min, sigma_max
-
-    def alpha_sigma(self, t):
-        """(1, t) at float t > 0: float64, shaped like t."""
-        if not t.is_floating_point():
-            raise TypeError(f"EDM: t has dtype {t.dtype}; expected a floating dtype")
-        _check_range(self, t, 0, math.inf)
-        return torch.ones_like(t, dtype=torch.float64), t.double()
-
-    def alpha_sigma_of(self, k):
-        """(1, k)."""
-        return 1.0, k
-
-    def model_time(self, t):
-        """What the network is given for sigma = t: ln(t) / 4 in float32."""
-        return (t.log() / 4).float()
-
-    def time_of(self, k):
-        """ln(sigma) / 4, sigma being k."""
-        return math.log(k) / 4
-
-    def scale(self, sigma):
-        """What x is multiplied with before the model is given it."""
-        return 1 / math.hypot(sigma, DATA_STD)
-
-
 PROCESSES = {process.name: process for process in (VP, Flow, VPSDE, SubVPSDE, VESDE, EDM)}
 
 
@@ -335,11 +148,3 @@ def process_from_config(config):
         raise ValueError(f"process {name!r}: unknown settings {sorted(settings.keys() - known)}; expected "
                          f"{sorted(known)}")
     return PROCESSES[name](**settings)
-
-
-def _check_range(process, t, low, high):
-    if t.device.type != "cpu" or t.numel() == 0:  # reading values would make a GPU wait
-        return
-    if not (t.min() >= low and t.max() <= high):  # written so that NaN fails too
-        raise ValueError(f"{type(process).__name__}: t goes from {t.min().item()} to {t.max().item()}; "
-                         f"expected {low} to {high}")

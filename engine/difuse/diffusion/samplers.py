@@ -75,7 +75,8 @@ class Sampler:
         given: 0, 1 for an image or 2 for an image and a mask.
         """
         if not self.takes(process):
-            others = "flow_euler" if isinstance(process, Flow) else "ddim or euler"
+            others = next((other for kind, other in ((Flow, "flow_euler"), (_PRESERVING, "ddim")) if isinstance(
+                process, kind)), "euler")
             raise ValueError(f"{self.name}: process is {type(process).__name__}; expected "
                              f"{', '.join(kind.__name__ for kind in self._kinds)}. Use {others} with it")
         if prediction not in PREDICTIONS:
