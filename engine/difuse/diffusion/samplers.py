@@ -106,9 +106,9 @@ class Sampler:
             if str(error).startswith(self.name):
                 raise
             if not isinstance(error, ValueError):
-                error = ValueError(f"{type(process).__name__} with spacing {spacing!r} begins at pure noise, alpha = "
-                                   "0, where this method divides by alpha; use one that does not, e.g. "
-                                   "dpm_solver_pp_2m or unipc, or another spacing")
+                error = ValueError(f"{type(process).__name__} with spacing {spacing or process.spacing!r} begins at "
+                                   "pure noise, alpha = 0, where this method divides by alpha; use another spacing, "
+                                   "e.g. 'log_snr', or another method, e.g. unipc")
             raise ValueError(f"{self.name}: {error}") from None
 
     @torch.no_grad()
