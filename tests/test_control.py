@@ -7,9 +7,11 @@ import torch
 from difuse.diffusion import (
     EDM,
     SAMPLERS,
+    VESDE,
     VP,
     VPSDE,
     Flow,
+    Guidance,
     Previews,
     coefficients,
     invert,
@@ -137,3 +139,50 @@ def test_the_adaptive_solver_finds_the_solution():
     assert (x0 - exact).abs().max() < 2e-3 and 20 < calls < 2000
     rough, fewer = probability_flow(model, noise, process=process, prediction="eps", rtol=1e-2, atol=1e-2)
     assert fewer < calls and (rough - exact).abs().max() > (x0 - exact).abs().max()
+
+
+@pytest.mark.parametrize("strength, steps, run", [(0.9, 10, 9), (0.8, 5, 4), (0.8, 50, 40), (1.0, 7, 7), (0.01, 10, 1)])
+def test_strength_is_the_part_of_the_steps_that_run(strength, steps, run):
+    noise, seen = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0)), []
+    SAMPLERS["ddim"](smooth, noise, process=VP(), steps=steps, prediction="eps", image=0 * noise, strength=strength,
+                     callback=lambda step, x: seen.append(step))
+    assert len(seen) == run
+
+
+@pytest.mark.parametrize("name", ["unipc", "ddim", "euler"])
+def test_a_state_that_is_replaced_is_what_counts(name):
+    """From a replaced state on, and a first-order step, nothing is left of the noise that it began with."""
+    options = {"order": 1} if name == "unipc" else {}
+
+    def run(seed):
+        noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+        return SAMPLERS[name](lambda x, t: 0 * x, noise, process=VP(), steps=6, prediction="eps", **options,
+                              callback=lambda step, x: torch.ones_like(x) if step == 3 else None)
+
+    torch.testing.assert_close(run(0), run(1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_path_of_the_users_own_times_starts_at_its_own_level():
+    """Variance exploding: the state is as large as the first sigma, whatever sigma_max is."""
+    noise, seen = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)), []
+
+    def model(x, t):
+        seen.append(x)
+        return 0 * x
+
+    for process, steps, sigma in ((EDM(), [10.0, 1.0], 10.0), (VESDE(0.01, 348.0), 5, 348.0),
+                                  (EDM(0.02, 80.0), 5, 80.0)):
+        seen.clear()
+        SAMPLERS["euler"](model, noise, process=process, steps=steps, prediction="x0", spacing=None)
+        scale = process.scale(sigma)
+        torch.testing.assert_close(seen[0], scale * sigma * noise, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(2.0, interval=(0, 0.5)), Guidance(2.0, rescale=0.5),
+                                      Guidance(2.0, zero_star=True)], ids=["interval", "rescale", "zero_star"])
+def test_the_ways_back_refuse_guidance_that_is_more_than_a_sum(guidance):
+    x = torch.zeros(1, 1, 2, 2)
+    for call in (lambda: invert(smooth, x, process=VP(), steps=3, prediction="eps", guidance=guidance),
+                 lambda: probability_flow(smooth, x, process=VP(), prediction="eps", guidance=guidance)):
+        with pytest.raises(ValueError, match="guidance has (interval|rescale|zero_star); expected a scale"):
+            call()

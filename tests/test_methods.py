@@ -91,7 +91,7 @@ def test_stochastic_samplers_reach_the_data_s_mean_and_covariance(name, process,
 
 def test_a_linear_step_is_one_pass_and_its_width_is_the_method_s():
     """Between two calls: one map; a solver's history is as many tensors as it needs, and nobody's is written twice."""
-    outputs = {"ddim": 1, "euler": 1, "dpm_solver_pp_2m": 2, "dpm_solver_pp_3m": 2, "unipc": 3, "deis": 2,
+    outputs = {"ddim": 1, "euler": 1, "dpm_solver_pp_2m": 2, "dpm_solver_pp_3m": 2, "unipc": 2, "deis": 2,
                "flow_euler": 1, "ddpm": 1, "euler_ancestral": 1, "dpm_solver_pp_2m_sde": 2}
     for name, most in outputs.items():
         process, kind = (Flow(), "flow") if name == "flow_euler" else (VP(), "eps")
@@ -247,3 +247,17 @@ def test_few_step_and_learned_steps_are_the_papers():
     t, s = edm.nodes(torch.tensor([5.0, 0.8], dtype=torch.float64))
     torch.testing.assert_close(one_step("consistency", edm, [t, s], "x0", x, m, z),
                                m + math.sqrt(0.8**2 - 0.002**2) * z)
+
+
+def test_a_variance_that_was_not_learned_is_missed():
+    noise, generators = torch.zeros(1, 1, 2, 2), [torch.Generator()]
+    with pytest.raises(ValueError, match="ddpm: the model returned no learned sigma; expected twice the channels"):
+        SAMPLERS["ddpm"](smooth, noise, process=VP(), steps=3, prediction="eps", variance="learned",
+                         generators=generators)
+
+
+def test_flow_s_shift_moves_every_grid():
+    for spacing in ("log_snr", "karras", "uniform"):
+        plain, moved = (path(Flow(shift), 6, spacing) for shift in (1.0, 3.0))
+        assert all(a.sigma < b.sigma for a, b in zip(plain[1:-1], moved[1:-1], strict=True))
+    assert path(Flow(3.0, terminal=0.1), 1)[0].sigma == 1

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -388,6 +389,62 @@ def test_another_order_of_steps():
         solver.step(m[:1], solver.timesteps[1], x[:1])
     solver.set_timesteps(10)
     solver.step(m[:1], solver.timesteps[0], x[:1])
+
+
+def test_rewound_copied_and_changed_schedulers():
+    """A step_index set back, a copy in the middle, tables replaced: what diffusers does, or a clear error."""
+    x, m = tensors()
+    results = []
+    for make in (copy.deepcopy, from_diffusers):
+        scheduler = make(diffusers.EulerDiscreteScheduler())
+        scheduler.set_timesteps(5)
+        sample = x
+        for t in scheduler.timesteps[:3]:
+            scheduler.scale_model_input(sample, t)
+            scheduler.step(m, t, sample)
+            scheduler._step_index -= 1  # as pipelines do that look ahead
+            sample = scheduler.step(m, t, sample).prev_sample
+        results.append(sample)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    for name in ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "PNDMScheduler", "DEISMultistepScheduler",
+                 "HeunDiscreteScheduler", "LMSDiscreteScheduler"):
+        scheduler = fused(getattr(diffusers, name)(), 8)
+        sample = x
+        for t in scheduler.timesteps[:4]:
+            scheduler.scale_model_input(sample, t)
+            sample = scheduler.step(m, t, sample).prev_sample
+        if not name.startswith("Heun"):  # which keeps nothing between its pairs of steps
+            with pytest.raises(RuntimeError, match="in the middle of a trajectory"):
+                pickle.dumps(scheduler)
+        twin, other = copy.deepcopy(scheduler), sample
+        for t in scheduler.timesteps[4:7]:
+            sample = scheduler.step(m, t, sample).prev_sample
+        for t in twin.timesteps[4:7]:
+            other = twin.step(m, t, other).prev_sample
+        assert torch.equal(sample, other), name
+    ours, theirs = fused(diffusers.DDIMScheduler(clip_sample=False)), diffusers.DDIMScheduler(clip_sample=False)
+    for tables in (ours.alphas_cumprod, ours.alphas_cumprod**1.3):
+        for scheduler in (ours, theirs):
+            scheduler.alphas_cumprod = tables
+            scheduler.set_timesteps(4)
+        t = ours.timesteps[1]
+        got, expected = (each.step(m, t, x).prev_sample for each in (ours, theirs))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = fused(diffusers.DDPMWuerstchenScheduler()), diffusers.DDPMWuerstchenScheduler()
+    theirs.set_timesteps(4)
+    t = ours.timesteps[0].expand(2)  # a time for each sample: diffusers' own step
+    results = [each.step(m, t, x, generator=torch.Generator().manual_seed(0)).prev_sample for each in (ours, theirs)]
+    assert torch.equal(*results)
+
+
+def test_threads_with_schedulers_of_their_own():
+    def run(seed):
+        scheduler = from_diffusers(diffusers.DDPMScheduler())
+        return trajectory(scheduler, 12, torch.float32, {}, 1)[0][-1]["prev_sample"]
+
+    alone = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(each, alone) for each in pool.map(run, range(8)))
 
 
 def test_what_cannot_be_fused_is_refused_by_name():

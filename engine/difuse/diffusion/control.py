@@ -1,5 +1,6 @@
 """Around a trajectory: the way back from an image to its noise, mixtures of noise, and an adaptive solver."""
 import math
+from dataclasses import fields
 
 import torch
 
@@ -24,7 +25,7 @@ def invert(model, image, *, process, steps, prediction, labels=None, guidance=1.
     if prediction == "x0":
         raise ValueError("invert: the last step to a predicted x0 cannot be turned back; expected another prediction")
     nodes = path(process, steps, spacing)
-    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    guidance = _plain("invert", guidance)
     backwards = list(zip(nodes[1:], nodes[:-1], strict=True))[::-1]  # (from s, up to t)
     sources = guidance.sources(0, 1)
     calls = [Call((), (), node, step, sources) for step, (_, node) in enumerate(backwards)]
@@ -48,7 +49,17 @@ def invert(model, image, *, process, steps, prediction, labels=None, guidance=1.
             raise RuntimeError(f"invert: step {call.step} still changes by {change:.2e} after {iterations} iterations; "
                                "expected less than the tolerance. Take more steps, less guidance or more iterations")
         x = guess
-    return x if process.prior == 1 else x / process.prior
+    return x if process.prior == 1 else x / nodes[0].sigma
+
+
+def _plain(name, guidance):
+    """A `Guidance` that is one weighted sum of two answers at every step; ValueError for one that is more."""
+    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    more = [field.name for field in fields(Guidance) if field.name not in ("scale", "weak", "passes") and
+            getattr(guidance, field.name) != field.default]
+    if more:
+        raise ValueError(f"{name}: guidance has {', '.join(more)}; expected a scale, and a weak model at most")
+    return guidance
 
 
 def _step(prediction, t, s):
@@ -81,9 +92,8 @@ def probability_flow(model, noise, *, process, prediction, labels=None, guidance
     """
     from scipy.integrate import solve_ivp
 
-    low, high = process.levels
-    first, last = process.at(min(high, 1 / low)), process.at(low)
-    guidance = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    last, first = map(process.at, process.ends)
+    guidance = _plain("probability_flow", guidance)
     sources, count = guidance.sources(0, 1), 0
     weights = (1.0,) if len(sources) == 1 else (guidance.scale, 1 - guidance.scale)
     program = Program([Call((), (), first, 0, sources)])
@@ -107,7 +117,7 @@ def probability_flow(model, noise, *, process, prediction, labels=None, guidance
         eps, _ = predicted(y, node, "eps")
         return node.k * eps.double().cpu().numpy().reshape(-1)
 
-    start = (process.prior * noise / first.alpha).double().cpu().numpy().reshape(-1)
+    start = ((1.0 if process.prior == 1 else first.sigma) * noise / first.alpha).double().cpu().numpy().reshape(-1)
     found = solve_ivp(slope, (math.log(first.k), math.log(last.k)), start, method=method, rtol=rtol, atol=atol)
     if not found.success:
         raise RuntimeError(f"probability_flow: {method} gave up ({found.message}); loosen rtol and atol")

@@ -72,13 +72,19 @@ def path(process, steps, spacing=None):
         return [*process.nodes(_TIMES[spacing](process.num_steps, steps)), DATA]
     if spacing == "uniform":
         return [*process.nodes(_uniform(process, steps)), DATA]
-    low, high = process.levels
-    if isinstance(process, Flow) and spacing != "log_snr":
-        t = torch.tensor(_LEVELS[spacing](low / (1 + low), 1.0, steps), dtype=torch.float64)
-        return [*process.nodes(process.warp(t)), DATA]
-    high = min(high, 1 / low)  # a straight path's greatest is infinite
-    levels = _LEVELS.get(spacing, _exponential)(low, high, steps)
-    return [*(process.at(k) for k in levels), DATA]
+    low, high = process.ends
+    if isinstance(process, Flow):
+        if spacing == "log_snr":
+            t = [k / (1 + k) for k in _exponential(low, high, steps)]
+        else:
+            t = _LEVELS[spacing](low / (1 + low), 1.0, steps)
+        return [*process.nodes(process.warp(torch.tensor(t, dtype=torch.float64))), DATA]
+    return [*(process.at(k) for k in _LEVELS.get(spacing, _exponential)(low, high, steps)), DATA]
+
+
+def part_of(part, steps):
+    """How many of so many steps a part from 0 to 1 of them is, rounded down; 0.9 of 10 is 9, whatever floats say."""
+    return int(part * steps + 1e-9)
 
 
 def _uniform(process, steps):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from difuse.diffusion.grids import part_of
 from difuse.diffusion.parameterizations import coefficients
 from difuse.diffusion.program import Apply
 from difuse.models.layers import DiTBlock
@@ -70,6 +71,10 @@ class Guidance:
         if (rules or self.rescale) and (self.scale == 1 or self.skip or self.weak):
             raise ValueError("guidance rescale, zero_star, per_token and apg change how a conditional and a null "
                              "answer are mixed; expected scale != 1 and neither skip nor weak")
+        if self.weak is not None and self.scale == 1:
+            raise ValueError("guidance weak is asked for nothing at scale 1; expected a scale above 1")
+        if self.zero_steps and not self.zero_star:
+            raise ValueError(f"guidance zero_steps is {self.zero_steps} without zero_star; expected both or neither")
         if (self.skip is None) != (self.skip_scale == 0):
             raise ValueError("guidance: skip and skip_scale go together; give skip_layers(model, layers) and a scale")
 
@@ -81,7 +86,7 @@ class Guidance:
     def sources(self, step, steps):
         """What the model is asked for: of "cond", "null", "skip", "weak"."""
         low, high = self.interval
-        if not int(low * steps) <= step < int(high * steps):
+        if not part_of(low, steps) <= step < part_of(high, steps):
             return ("cond",)
         other = () if self.scale == 1 else ("null",) if self.weak is None else ("weak",)
         return ("cond", *other, *(("skip",) if self.skip else ()))
@@ -107,6 +112,9 @@ class Guidance:
         if "skip" in answers:
             m = m + self.skip_scale * (cond - answers["skip"])
         if self.classifier is not None:
+            if node.alpha == 0:
+                raise ValueError("a classifier guides only where there is some signal, alpha > 0; expected another "
+                                 "spacing, e.g. 'log_snr'")
             gradient, = recorder.add(Apply, x, function=ClassifierGradient(self.classifier, node.time,
                                                                           memory["labels"]))
             c = coefficients("score", prediction, node.alpha, node.sigma)[1]  # of the score, the state being given

@@ -19,7 +19,7 @@ class ModelCalls:
             known = self.labels if self.null is None else torch.cat((self.labels, self.null))
             model = model.for_trajectory(self.times, known.unique())
             self.models.update(cond=model, null=model)
-        self.finite = Finite(sampler)
+        self.finite, self.learned = Finite(sampler), program.learned
 
     def _check_labels(self, labels, batch):
         if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64:
@@ -55,7 +55,7 @@ class ModelCalls:
                 outputs[source] = self._call(source, x, t, null if source == "null" else labels)
         answers = [outputs[source][:, : self.channels] for source in call.sources]
         variance = outputs["cond"][:, self.channels :]
-        return (*answers, variance if variance.shape[1] else answers[0])
+        return (*answers, learned_variance(self.sampler, variance, self.learned, answers[0]))
 
     def _call(self, source, rows, t, labels):
         t = t.expand(len(rows))
@@ -93,6 +93,14 @@ class Finite:
                 raise FloatingPointError(f"{self._name}: the model returned {count} numbers that are not finite at "
                                          f"step {step}; its weights, its dtype or its inputs are beyond what it can "
                                          "compute")
+
+
+def learned_variance(name, variance, asked, otherwise):
+    """What a model has learned of the variance, the channels behind its prediction; `otherwise` if nobody asks."""
+    if asked and variance.shape[1] == 0:
+        raise ValueError(f"{name}: the model returned no learned sigma; expected twice the channels, or "
+                         "variance='small'")
+    return variance if asked else otherwise
 
 
 def call_times(program):

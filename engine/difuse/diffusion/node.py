@@ -55,6 +55,12 @@ class Process:
         """(alpha, sigma) where sigma / alpha is k, on a variance preserving path."""
         return 1 / math.hypot(1, k), k / math.hypot(1, k)
 
+    @property
+    def ends(self):
+        """(least, greatest) finite k of the path: where grids of levels begin and end."""
+        low, high = self.levels
+        return low, high if math.isfinite(high) else 1 / low
+
     def at(self, k):
         """The node where sigma / alpha is k > 0."""
         alpha, sigma = self.alpha_sigma_of(k)

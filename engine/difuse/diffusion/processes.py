@@ -129,7 +129,7 @@ class Flow(Process):
     def warp(self, t):
         """Times t [N], noise first, shifted and stretched."""
         t = self.shift * t / (1 + (self.shift - 1) * t)
-        if self.terminal is None or len(t) == 0:
+        if self.terminal is None or len(t) < 2:  # the first time stays, the last becomes terminal
             return t
         return 1 - (1 - t) * ((1 - self.terminal) / (1 - t[-1]))
 

@@ -162,6 +162,8 @@ class Program:
         self.instructions = kept[::-1]
         self.calls = [each for each in self.instructions if isinstance(each, Call)]
         self.draws = any(isinstance(each, Draw) for each in self.instructions)
+        read = {tensor for each in self.instructions for tensor in each.inputs}
+        self.learned = any(call.outputs and call.outputs[-1] in read for call in self.calls)  # a variance is asked for
         seen, self.dropped = set(results), []
         for instruction in kept:
             tensors = {*instruction.inputs, *instruction.outputs}

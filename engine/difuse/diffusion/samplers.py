@@ -34,7 +34,7 @@ import inspect
 
 import torch
 
-from difuse.diffusion.grids import path
+from difuse.diffusion.grids import part_of, path
 from difuse.diffusion.guidance import Guidance
 from difuse.diffusion.method import record
 from difuse.diffusion.methods import ancestral, dpm_solver, euler, multistep, sde, unipc
@@ -56,6 +56,7 @@ class Sampler:
         parameters = list(inspect.signature(method).parameters.values())[2:]
         self.options = {p.name: p.default for p in parameters if p.name != "process"}
         self._asks_process = any(p.name == "process" for p in parameters)
+        self._recorded = functools.lru_cache(maxsize=32)(self._record)  # of apps that ask for the same again
         self.__name__, self.__doc__ = name, method.__doc__
         self.__signature__ = inspect.signature(self.__call__).replace(parameters=[
             *(p for p in inspect.signature(self.__call__).parameters.values() if p.kind != p.VAR_KEYWORD),
@@ -93,15 +94,11 @@ class Sampler:
                     f"did you mean {near[0]!r}? Expected {', '.join(self.options)}" if near else "it has none"))
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
-        if self._asks_process:
-            options["process"] = process
         try:
-            nodes = path(process, steps, spacing)
-            nodes = nodes[int((1 - strength) * (len(nodes) - 1)) :]  # at least one step, the last
-            program = record(functools.partial(self._method, **options), nodes, prediction, guidance,
-                             prior=process.prior, labels=labels, given=("image", "mask")[:given], preview=preview)
-            program.integer_times = process.model_times == torch.int64
-            return program
+            settings = process, tuple(steps) if isinstance(steps, list) else steps, prediction, guidance, spacing
+            if guidance.classifier or guidance.skip or guidance.weak:  # nothing that holds a model is kept
+                return self._record(*settings, labels, given, strength, preview, **options)
+            return self._recorded(*settings, None, given, strength, preview, **options)
         except (ValueError, ZeroDivisionError, OverflowError) as error:
             if str(error).startswith(self.name):
                 raise
@@ -110,6 +107,17 @@ class Sampler:
                                    "pure noise, alpha = 0, where this method divides by alpha; use another spacing, "
                                    "e.g. 'log_snr', or another method, e.g. unipc")
             raise ValueError(f"{self.name}: {error}") from None
+
+    def _record(self, process, steps, prediction, guidance, spacing, labels, given, strength, preview, **options):
+        if self._asks_process:
+            options["process"] = process
+        nodes = path(process, list(steps) if isinstance(steps, tuple) else steps, spacing)
+        nodes = nodes[part_of(1 - strength, len(nodes) - 1) :]  # at least one step, the last
+        prior = 1.0 if process.prior == 1 else nodes[0].sigma
+        program = record(functools.partial(self._method, **options), nodes, prediction, guidance, prior=prior,
+                         labels=labels, given=("image", "mask")[:given], preview=preview)
+        program.integer_times = process.model_times == torch.int64
+        return program
 
     @torch.no_grad()
     def __call__(self, model, noise, *, process, steps, prediction, labels=None, guidance=1.0, spacing=None,
@@ -122,7 +130,8 @@ class Sampler:
         given = _images(self.name, noise, image, strength, mask)
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
-        program = self.program(process, steps, prediction, guidance, spacing=spacing, labels=labels,
+        there = labels.to(noise.device) if isinstance(labels, torch.Tensor) else labels
+        program = self.program(process, steps, prediction, guidance, spacing=spacing, labels=there,
                                given=len(given), strength=strength, preview=isinstance(callback, Previews), **options)
         if program.draws and (generators is None or len(generators) != len(noise)):
             raise ValueError(f"{self.name}: got {'no' if generators is None else len(generators)} generators for "

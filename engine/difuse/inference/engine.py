@@ -19,6 +19,7 @@ from collections import deque
 
 import torch
 
+from difuse.diffusion.model_calls import learned_variance
 from difuse.diffusion.parameterizations import PREDICTIONS
 from difuse.diffusion.processes import PROCESSES
 from difuse.inference.requests import check_integer, take
@@ -231,7 +232,8 @@ class Engine:
             null += len(mine) - 1
             found = [out[row : row + 1, :channels].clone() for row in mine]  # no views, which would keep the batch
             variance = out[i : i + 1, channels:].clone()
-            answers.append((*found, variance if variance.shape[1] else found[0]))
+            learned = running[i].program.learned
+            answers.append((*found, learned_variance("Engine", variance, learned, found[0])))
         return answers
 
     def _on_device(self, tensor):

@@ -8,7 +8,7 @@ import torch
 from difuse.diffusion.guidance import Guidance
 from difuse.diffusion.model_calls import Finite, call_times
 from difuse.diffusion.program import Run
-from difuse.diffusion.samplers import find_sampler, initial_noise
+from difuse.diffusion.samplers import Previews, find_sampler, initial_noise
 
 _MOST_STEPS = 10_000
 
@@ -109,6 +109,8 @@ def take(request, process, prediction, null, max_batch, device):
         raise ValueError("Engine: guidance with skip or weak asks other models than the engine's; use difuse.sample")
     if request.eta and request.sampler != "ddim":
         raise ValueError(f"Engine: eta is {request.eta} with {request.sampler}; only ddim takes one")
+    if isinstance(request.callback, Previews):
+        raise ValueError("Engine: the callback is Previews; expected a function of (step, x): states alone are kept")
     if request.callback is not None and not callable(request.callback):
         raise TypeError(f"Engine: callback is {request.callback!r}; expected a function of (step, x), or None")
     if null is not None:

@@ -5,6 +5,7 @@ from collections import deque
 import torch
 from tqdm import tqdm
 
+from difuse.diffusion.grids import part_of
 from difuse.diffusion.samplers import Previews, find_sampler, initial_noise
 
 
@@ -37,7 +38,7 @@ def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guid
     batches = [slice(start, start + batch_size) for start in range(0, len(labels), batch_size)]
     was_training = model.training
     count = steps if isinstance(steps, int) else len(steps)
-    count -= int((1 - strength) * count)
+    count -= part_of(1 - strength, count)
     model.eval()
     try:
         with tqdm(total=count * len(batches), desc=sampler, unit="step", disable=not progress,

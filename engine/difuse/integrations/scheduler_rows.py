@@ -7,6 +7,7 @@ elementwise operation is recorded to be done on the tensors, and its result is a
 import contextlib
 import copy
 import functools
+import threading
 from dataclasses import dataclass, field, fields
 from numbers import Number
 
@@ -59,9 +60,9 @@ class Row(torch.Tensor):
                 or (func in _SUMS and (len(rows) == 2 or _is_zero(others)))):
             return _as_rows(super().__torch_function__(func, types, args, kwargs))
         if func in _ELEMENTWISE:
-            return _Trace.current.apply(functools.partial(_elementwise, func, args, kwargs), rows)
+            return _here.trace.apply(functools.partial(_elementwise, func, args, kwargs), rows)
         raise NotImplementedError(
-            f"{_Trace.current.name}: its step uses {name} on whole tensors, which from_diffusers does not know; keep "
+            f"{_here.trace.name}: its step uses {name} on whole tensors, which from_diffusers does not know; keep "
             "diffusers' own scheduler, or from_diffusers(scheduler, rounding='diffusers')")
 
 
@@ -109,8 +110,10 @@ class _Noise(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_here = threading.local()  # .trace: while this thread runs a scheduler on rows
+
+
 class _Trace:
-    current = None  # while a scheduler runs on rows
 
     def __init__(self, name):
         self.name, self.recorder = name, Recorder()
@@ -140,9 +143,9 @@ class _Trace:
 
 
 def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_given):
-    """([Step], [time]) from this time on to the end of the schedule."""
+    """([Step], [time], where the first is in the schedule) from this time on to the end."""
     twin = twin_from(scheduler, cls)
-    times = times_from(twin, timestep)
+    times, first = times_from(twin, timestep)
     channels = sample.shape[1] if model_output.shape != sample.shape else 1
     trace, steps = _Trace(cls.__name__), []
     step = None
@@ -160,7 +163,7 @@ def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_g
         twin.noise_sampler = lambda sigma, sigma_next: drawn(functools.partial(_brownian, sigma, sigma_next))
     if hasattr(twin, "_threshold_sample"):
         twin._threshold_sample = lambda row: trace.apply(cls._threshold_sample, [row])
-    _Trace.current, before = trace, _Trace.current
+    _here.trace, before = trace, getattr(_here, "trace", None)
     try:
         with _Noise(draw):
             for k, time in enumerate(times):
@@ -175,8 +178,8 @@ def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_g
                 output = getattr(cls, name)(twin, m, timestep if k == 0 else time, x, **options)
                 _finish(trace, twin, step, output, seen)
     finally:
-        _Trace.current = before
-    return steps, [float(time) for time in times]
+        _here.trace = before
+    return steps, [float(time) for time in times], first
 
 
 def _finish(trace, twin, step, output, seen):
@@ -252,7 +255,7 @@ class Types:
 def types_of(scheduler, cls, name, timestep, options, model_output, sample, count):
     """[Types] of the original's steps for these dtypes, found on tensors of one element a channel."""
     twin = twin_from(scheduler, cls)
-    times = times_from(twin, timestep)
+    times, _ = times_from(twin, timestep)
     x, m = (torch.zeros(1, each.shape[1], 1, 1, dtype=each.dtype) for each in (sample, model_output))
     steps, draws = [], []
 
@@ -283,7 +286,7 @@ def twin_from(scheduler, cls):
 
 
 def times_from(twin, timestep):
-    """The times of the steps of `twin` from this one on."""
+    """The times of the steps of `twin` from this one on, and its place in the schedule, None if it is not in it."""
     timestep = torch.as_tensor(timestep).cpu()
     schedule = torch.as_tensor(twin.timesteps)
     if hasattr(twin, "step_index"):
@@ -297,4 +300,4 @@ def times_from(twin, timestep):
         found = (schedule == timestep).nonzero().flatten().tolist()
         first = found[0] if found else None
     times = [] if first is None else list(schedule[first:])
-    return times or [timestep]
+    return (times, first) if times else ([timestep], None)

@@ -17,6 +17,7 @@ import copy
 import functools
 import inspect
 
+import numpy as np
 import torch
 
 from difuse.diffusion.program import Apply, Draw, Map, Program
@@ -55,9 +56,14 @@ class Fused:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         vars(new).update({name: copy.deepcopy(value, memo) for name, value in self._own().items()})
+        if self._trajectory is not None:
+            new._trajectory = self._trajectory.copied()
         return new
 
     def __reduce__(self):
+        if self._trajectory is not None and self._trajectory.carries:
+            raise RuntimeError(f"{type(self).__name__}: it is in the middle of a trajectory, whose tensors are not "
+                               "pickled; call set_timesteps first, or copy it with copy.deepcopy")
         return _restored, (*type(self).fused_from, self._own())
 
     def _own(self):
@@ -82,13 +88,18 @@ def _fused_class(cls, name):
         options = {**dict(zip(parameters[4:], args, strict=False)), **kwargs}
         generator, return_dict = options.pop("generator", None), options.pop("return_dict", True)
         noise = options.pop("variance_noise", None)
-        if any(isinstance(value, torch.Tensor) for value in options.values()):  # e.g. times of each token
-            return original(self, model_output, timestep, sample, **options, generator=generator,
-                            return_dict=return_dict)
+        batched = isinstance(timestep, torch.Tensor) and timestep.numel() > 1
+        if batched or any(isinstance(value, torch.Tensor) for value in options.values()):  # e.g. times of each token
+            if self._trajectory is not None and self._trajectory.carries:
+                raise ValueError(f"{cls.__name__}: a step with times or options of each sample or token does not "
+                                 "follow fused ones; call set_timesteps first")
+            self._trajectory = None
+            return original(self, model_output, timestep, sample, *args, **kwargs)
         if noise is not None and generator is not None:
             raise ValueError(f"{cls.__name__}: got both a generator and variance_noise; expected one of them")
         trajectory = self._trajectory
-        if trajectory is None or not trajectory.fits(timestep, options, model_output, sample, noise):
+        if trajectory is None or not trajectory.fits(
+                self, timestep, options, model_output, sample, noise):
             if trajectory is not None and trajectory.carries:
                 raise ValueError(f"{cls.__name__}: this step does not follow the last one (another shape, dtype, "
                                  "option or time), and what that left is of no use here; call set_timesteps first")
@@ -114,11 +125,22 @@ _KEPT_PLANS = 4
 
 def _plan(scheduler, cls, name, timestep, options, model_output, sample, noise):
     """The plan from this time on: one that was made for the same schedule, options and tensors, or a new one."""
-    found = (getattr(scheduler, of, None) for of in ("timesteps", "sigmas"))
-    schedule = [tuple(tensor.tolist()) if isinstance(tensor, torch.Tensor) else str(tensor) for tensor in found]
+    held, state = [], []
+    for name_of, value in vars(scheduler).items():
+        if name_of in ("timesteps", "sigmas") and isinstance(value, torch.Tensor):
+            value = tuple(value.tolist())
+        elif isinstance(value, torch.Tensor):  # tables of the class, made once
+            held.append(value)
+            value = id(value), value._version
+        elif isinstance(value, np.ndarray):
+            value = value.tobytes()
+        elif name_of in ("_trajectory", "_plans", "_internal_dict"):
+            continue
+        elif not isinstance(value, (bool, int, float, str)):
+            value = repr(value)
+        state.append((name_of, value))
     start = None if isinstance(timestep, torch.Tensor) else type(timestep)  # which a step may refuse
-    key = (*schedule, float(timestep), start, *(getattr(scheduler, at, None) for at in (
-        "step_index", "begin_index", "counter")), repr(sorted(options.items())), _kind(model_output, sample, noise))
+    key = (*state, float(timestep), start, repr(sorted(options.items())), _kind(model_output, sample, noise))
     plans = vars(scheduler).setdefault("_plans", {})
     if plans.setdefault("config", scheduler.config) is not scheduler.config:  # registered anew since
         plans.clear()
@@ -127,6 +149,7 @@ def _plan(scheduler, cls, name, timestep, options, model_output, sample, noise):
         while len(plans) > _KEPT_PLANS:
             del plans[next(each for each in plans if each != "config")]
         plans[key] = _Plan(scheduler, cls, name, timestep, options, model_output, sample, noise)
+        plans[key].held = held  # so that their ids stay theirs
     return plans[key]
 
 
@@ -137,7 +160,8 @@ class _Plan:
         self.options = dict(options)
         self.kind = _kind(model_output, sample, noise)
         self.work = torch.float64 if torch.float64 in (sample.dtype, model_output.dtype) else torch.float32
-        self.steps, self.times = trace(scheduler, cls, name, timestep, options, model_output, sample, noise is not None)
+        self.steps, self.times, self.first = trace(scheduler, cls, name, timestep, options, model_output, sample,
+                                                   noise is not None)
         self.output = self.steps[0].output
         self.types = None
         if {sample.dtype, model_output.dtype} != {torch.float32}:
@@ -165,19 +189,30 @@ class _Trajectory:
     def __init__(self, scheduler, plan):
         self.plan, self.at, self.tensors = plan, 0, {}
         self.counts = hasattr(scheduler, "step_index")  # steps, whatever time it is given
+        self.index = None  # its step_index after the last step
+
+    def copied(self):
+        """Another one at the same place."""
+        new = copy.copy(self)
+        new.tensors = {tensor: value.clone() for tensor, value in self.tensors.items()}
+        return new
 
     @property
     def carries(self):
         """Whether the next step needs something of the last."""
         return bool(self.tensors) and self.at < len(self.plan.steps)
 
-    def fits(self, timestep, options, model_output, sample, noise):
+    def fits(self, scheduler, timestep, options, model_output, sample, noise):
         """Whether the plan's next step is the one that is asked for."""
         plan = self.plan
         if self.at >= len(plan.steps) or options != plan.options or _kind(model_output, sample, noise) != plan.kind:
             return False
-        if self.counts or (isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu"):
-            return True  # to look on a GPU would be to wait for it: the next one is meant
+        if self.counts:
+            return scheduler.step_index == self.index
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu" and plan.first is not None:
+            schedule = scheduler.timesteps  # to read its value on a GPU is to wait for it, where it lies is known
+            if timestep.data_ptr() == schedule.data_ptr() + (plan.first + self.at) * schedule.element_size():
+                return True
         return float(timestep) == plan.times[self.at]
 
     def step(self, scheduler, model_output, sample, generator, noise):
@@ -212,6 +247,7 @@ class _Trajectory:
             outputs = {name: tensor.to(types.results[name]) for name, tensor in outputs.items()}
         self.tensors = {tensor: tensors[tensor] for tensor in later if tensor in tensors}
         self.at += 1
+        self.index = getattr(scheduler, "step_index", None)
         return outputs
 
 

@@ -7,8 +7,8 @@ from difuse.diffusion.method import NOISE, Nonlinear, Predict, steps_of
 def ddpm(x, path, *, variance="small"):
     """Ancestral sampling from q(x_s | x_t, x0), Ho et al. 2020 (arXiv:2006.11239), equations 6 and 7.
 
-    variance: "small", the posterior's, or "large", the forward step's, but the posterior's in the last step that draws;
-    "learned", between the two per element as the network says (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15).
+    variance: "small", the posterior's; "large", the forward step's; "learned", between the two per element as the
+    network says (Nichol & Dhariwal 2021, arXiv:2102.09672, equation 15). The last step to the data draws none.
     Fewer steps than the process has respace the chain.
     """
     if variance not in ("small", "large", "learned"):

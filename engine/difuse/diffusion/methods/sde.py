@@ -24,7 +24,7 @@ def reverse_diffusion(x, path):
 def predictor_corrector(x, path, *, snr=0.16, corrections=1):
     """Reverse diffusion and then `corrections` steps of Langevin dynamics at each level (algorithm 1).
 
-    A Langevin step is 2 (snr |z| / |score|)^2 alpha_ts long. The norms are each sample's own, so that an image does
+    A Langevin step is 2 (snr |z| / |score|)^2 alpha_ts^2 long. The norms are each sample's own, so that an image does
     not depend on its batch mates; score_sde averages them over the batch.
     """
     if not snr > 0 or corrections < 1:
@@ -38,7 +38,7 @@ def predictor_corrector(x, path, *, snr=0.16, corrections=1):
             for _ in range(corrections):
                 m = yield Predict(x, s)
                 score = m.score
-                x = yield Nonlinear(_Langevin(snr, t.alpha / s.alpha), x, score, (yield NOISE))
+                x = yield Nonlinear(_Langevin(snr, (t.alpha / s.alpha) ** 2), x, score, (yield NOISE))
         yield x
 
 

@@ -4,6 +4,7 @@ from math import expm1, factorial, isfinite
 import numpy as np
 
 from difuse.diffusion.method import Predict, steps_of
+from difuse.diffusion.methods.euler import towards
 
 
 def unipc(x, path, *, order=2, variant="bh2"):
@@ -16,27 +17,26 @@ def unipc(x, path, *, order=2, variant="bh2"):
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"unipc: variant is {variant!r}; expected 'bh1' or 'bh2'")
     known = []  # (node, x0), the last first
-    correct = None  # what to correct with: (state before the step, its nodes, p)
+    correct = 0  # the order of the step before, if it can be corrected
     for i, (t, s) in enumerate(steps_of(path)):
         x0 = (yield Predict(x, t)).x0
-        if correct is not None:
-            x = _step(*correct[:2], t, known[: correct[2]], variant, x0)
+        if correct:  # what the corrector's step would have added to the predictor's, so that a changed state stays so
+            used, start = known[:correct], known[0][0]
+            x = _add(_add(x, start, t, used, variant, x0), start, t, used, variant, sign=-1)
         known = [(t, x0), *known[: order - 1]]
         p = min(order, len(known), len(path) - 1 - i)
         while p > 1 and not isfinite(known[p - 1][0].lam):
             p -= 1
-        correct = (x, t, p) if isfinite(s.lam - t.lam) else None
-        x = _step(x, t, s, known[:p], variant)
+        correct = p if isfinite(s.lam - t.lam) else 0
+        x = _add(towards(x, x0, t, s), t, s, known[:p], variant)
         yield x
 
 
-def _step(x, t, s, known, variant, ahead=None):
-    """From t to s with the x0 of `known`, the last first; with the x0 at s, `ahead`, too: the corrector."""
-    x0 = known[0][1]
-    result = s.sigma / t.sigma * x + (s.alpha - s.sigma * t.alpha / t.sigma) * x0
+def _add(result, t, s, known, variant, ahead=None, sign=1):
+    """What x0 changes along the step from t to s, by those of `known`, the last first, and the one at s, `ahead`."""
     if len(known) == 1 and ahead is None:
         return result
-    h = s.lam - t.lam
+    x0, h = known[0][1], s.lam - t.lam
     r = [(node.lam - t.lam) / h for node, _ in known[1:]] + ([1.0] if ahead is not None else [])
     D = [(other - x0) / r_k for (_, other), r_k in zip(known[1:], r, strict=False)]
     if ahead is not None:
@@ -48,7 +48,7 @@ def _step(x, t, s, known, variant, ahead=None):
         rho = np.linalg.solve([[r_k**k for r_k in r] for k in range(len(r))],
                               [_phi(k + 1, -h) * factorial(k + 1) / B for k in range(len(r))])
     for rho_k, D_k in zip(rho, D, strict=True):
-        result = result - s.alpha * B * rho_k * D_k
+        result = result - sign * s.alpha * B * rho_k * D_k
     return result
 
 
