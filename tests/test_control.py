@@ -149,17 +149,20 @@ def test_strength_is_the_part_of_the_steps_that_run(strength, steps, run):
     assert len(seen) == run
 
 
-@pytest.mark.parametrize("name", ["unipc", "ddim", "euler"])
+@pytest.mark.parametrize("name", ["unipc", "dpm_solver_pp_2m", "ddim", "euler"])
 def test_a_state_that_is_replaced_is_what_counts(name):
-    """From a replaced state on, and a first-order step, nothing is left of the noise that it began with."""
-    options = {"order": 1} if name == "unipc" else {}
-
-    def run(seed):
+    """With eps = 0 x / alpha stays as it is from there on; where steps before count too, most of it."""
+    def run(seed, value):
         noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
-        return SAMPLERS[name](lambda x, t: 0 * x, noise, process=VP(), steps=6, prediction="eps", **options,
-                              callback=lambda step, x: torch.ones_like(x) if step == 3 else None)
+        return SAMPLERS[name](lambda x, t: 0 * x, noise, process=VP(), steps=6, prediction="eps",
+                              callback=lambda step, x: torch.full_like(x, value) if step == 3 else None)
 
-    torch.testing.assert_close(run(0), run(1), rtol=1e-5, atol=1e-5)
+    alpha = path(VP(), 6)[4].alpha
+    if name in ("ddim", "euler"):
+        torch.testing.assert_close(run(0, 1.0), torch.full((1, 1, 2, 2), 1 / alpha), rtol=1e-5, atol=1e-5)
+        assert torch.equal(run(0, 1.0), run(1, 1.0))
+    moved = (run(0, 101.0) - run(0, 1.0)) * alpha / 100
+    assert ((moved - 1).abs() < 0.5).all(), moved
 
 
 def test_a_path_of_the_users_own_times_starts_at_its_own_level():

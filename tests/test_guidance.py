@@ -159,7 +159,8 @@ def test_other_models_guide():
     ({"scale": 2.0, "interval": (0.7, 0.2)}, "interval is"), ({"scale": 2.0, "rescale": 1.5}, "rescale is 1.5"),
     ({"scale": 2.0, "rescale": 0.5, "zero_star": True}, "one rule at a time"), ({"rescale": 0.5}, "scale != 1"),
     ({"weak": smooth}, "weak is asked for nothing at scale 1"), ({"zero_steps": 2}, "zero_steps is 2 without"),
-    ({"skip_scale": 2.0}, "go together"), ({"scale": 2.0, "passes": 3}, "passes is 3")], ids=str)
+    ({"skip_scale": 2.0}, "go together"), ({"scale": 2.0, "passes": 3}, "passes is 3")],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_guidance_that_contradicts_itself_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         Guidance(**change)
