@@ -68,6 +68,7 @@ class Process:
 
 
 def check_range(process, t, low, high):
+    """Raise ValueError for times t outside of [low, high]; looked for on the CPU only."""
     if t.device.type != "cpu" or t.numel() == 0:  # reading values would make a GPU wait
         return
     if not (t.min() >= low and t.max() <= high):  # written so that NaN fails too
