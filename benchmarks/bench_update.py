@@ -2,9 +2,10 @@
 
 One measurement is a whole trajectory of updates on the same answers, divided by its steps, so that every scheduler has
 the history that it would have. The coefficients of ours are computed beforehand, as they are before a loop; what they
-cost is in the remarks.
+cost is planned_seconds in the JSON file.
 """
 import functools
+import importlib.util
 import time
 
 import torch
@@ -30,6 +31,8 @@ CASES = {  # sampler -> (class of diffusers, its options, our process, predictio
 
 def jobs(args, ceilings):
     """[(label, function returning rows)]; nothing without diffusers."""
+    if importlib.util.find_spec("diffusers") is None:
+        return []
     found = [(name, case) for name in CASES for case in SHAPES if args.case in f"{name}, {case}"]
     return [(f"update {name}, {case}", functools.partial(rows, name, case))
             for name, case in (found[:1] if args.quick else found)]

@@ -261,3 +261,18 @@ def test_flow_s_shift_moves_every_grid():
         plain, moved = (path(Flow(shift), 6, spacing) for shift in (1.0, 3.0))
         assert all(a.sigma < b.sigma for a, b in zip(plain[1:-1], moved[1:-1], strict=True))
     assert path(Flow(3.0, terminal=0.1), 1)[0].sigma == 1
+
+
+def test_times_may_be_a_list_or_a_tensor_and_steps_are_an_integer():
+    """What was recorded before for the same numbers does not let another kind of them through."""
+    noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    run = functools.partial(SAMPLERS["ddim"], smooth, noise, process=VP(), prediction="eps")
+    times = torch.tensor([900, 500, 100])
+    first = run(steps=times)
+    assert torch.equal(run(steps=[900, 500, 100]), first)
+    times[1] = 300
+    assert torch.equal(run(steps=times), run(steps=[900, 300, 100])) and not torch.equal(run(steps=times), first)
+    run(steps=2)
+    for steps in (2.0, True):
+        with pytest.raises(ValueError, match=f"steps is {steps}"):
+            run(steps=steps)

@@ -6,6 +6,7 @@ import torch
 
 from difuse.diffusion.grids import path
 from difuse.diffusion.guidance import Guidance
+from difuse.diffusion.methods.euler import towards
 from difuse.diffusion.model_calls import ModelCalls
 from difuse.diffusion.parameterizations import coefficients
 from difuse.diffusion.program import Call, Program
@@ -65,7 +66,7 @@ def _plain(name, guidance):
 def _step(prediction, t, s):
     """(a, b) of x_s = a x_t + b m in Euler's step from t to s."""
     c_x, c_m = (c.item() for c in coefficients(prediction, "x0", t.alpha, t.sigma))
-    a, b = s.sigma / t.sigma, s.alpha - s.sigma * t.alpha / t.sigma
+    a, b = towards(1.0, 0.0, t, s), towards(0.0, 1.0, t, s)  # of x, of x0
     return a + b * c_x, b * c_m
 
 

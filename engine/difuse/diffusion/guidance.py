@@ -26,9 +26,9 @@ class Guidance:
     scale: w above. interval: the part of the steps, from 0 to 1, in which w holds; elsewhere it is 1, and one row
     less is computed (Kynkäänniemi et al. 2024, arXiv:2404.07724).
     rescale: 0 to 1, how far the result gets the conditional answer's standard deviation (arXiv:2305.08891).
-    zero_star: the null answer is scaled to lie closest to the conditional one, and the first step is not taken where
-    `zero_steps` > 0 (CFG-Zero*, arXiv:2503.18886). per_token: the result gets the conditional answer's norm at every
-    place, over channels (Qwen-Image). apg: an `APG`.
+    zero_star: the null answer is scaled to lie closest to the conditional one, and the prediction is 0, on the straight
+    path no step, in the first `zero_steps` steps (CFG-Zero*, arXiv:2503.18886).
+    per_token: the result gets the conditional answer's norm at every place, over channels (Qwen-Image). apg: an `APG`.
     skip, skip_scale: a model without some of its layers, `skip_layers(model, [7, 8])`, and s in
     m + s * (m_cond - m_skip) (SD3.5). weak: a weaker model in the null answer's place (auto-guidance,
     arXiv:2406.02507).

@@ -56,7 +56,7 @@ class Sampler:
         parameters = list(inspect.signature(method).parameters.values())[2:]
         self.options = {p.name: p.default for p in parameters if p.name != "process"}
         self._asks_process = any(p.name == "process" for p in parameters)
-        self._recorded = functools.lru_cache(maxsize=32)(self._record)  # of apps that ask for the same again
+        self._recorded = functools.lru_cache(32, typed=True)(self._record)  # of apps that ask for the same again
         self.__name__, self.__doc__ = name, method.__doc__
         self.__signature__ = inspect.signature(self.__call__).replace(parameters=[
             *(p for p in inspect.signature(self.__call__).parameters.values() if p.kind != p.VAR_KEYWORD),
@@ -95,7 +95,9 @@ class Sampler:
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
         try:
-            settings = process, tuple(steps) if isinstance(steps, list) else steps, prediction, guidance, spacing
+            if isinstance(steps, list) or (isinstance(steps, torch.Tensor) and steps.dim() == 1):
+                steps = tuple(steps.tolist() if isinstance(steps, torch.Tensor) else steps)  # kept: it cannot change
+            settings = process, steps, prediction, guidance, spacing
             if guidance.classifier or guidance.skip or guidance.weak:  # nothing that holds a model is kept
                 return self._record(*settings, labels, given, strength, preview, **options)
             return self._recorded(*settings, None, given, strength, preview, **options)

@@ -86,15 +86,9 @@ def _as_rows(result):
 
 def _elementwise(func, args, kwargs, _scheduler, *tensors):
     """func on the tensors that the rows among its arguments stand for; 0-dimensional ones keep their value."""
-    tensors = iter(tensors)
-    like = None
-    given = []
-    for each in args:
-        if isinstance(each, Row):
-            each = like = next(tensors)
-        given.append(each)
-    given = [each.to(like.device) if isinstance(each, torch.Tensor) else each for each in given]
-    return func(*given, **kwargs)
+    device, tensors = tensors[0].device, iter(tensors)
+    given = [next(tensors) if isinstance(each, Row) else each for each in args]
+    return func(*(each.to(device) if isinstance(each, torch.Tensor) else each for each in given), **kwargs)
 
 
 class _Noise(TorchFunctionMode):
@@ -114,6 +108,7 @@ _here = threading.local()  # .trace: while this thread runs a scheduler on rows
 
 
 class _Trace:
+    """What is recorded of one scheduler's steps."""
 
     def __init__(self, name):
         self.name, self.recorder = name, Recorder()
@@ -121,9 +116,9 @@ class _Trace:
 
     def unit(self, combination, channels):
         """The row of a tensor."""
-        place = self.numbers.index(None) if None in self.numbers else None
-        if place is None:
+        if None not in self.numbers:
             raise NotImplementedError(f"{self.name}: a step knows more than {SLOTS} tensors")
+        place = self.numbers.index(None)
         self.numbers[place] = number(combination)
         row = torch.zeros(1, channels, 1, SLOTS, dtype=torch.float64)
         row[..., place] = 1
@@ -186,19 +181,16 @@ def _finish(trace, twin, step, output, seen):
     """Write what the step returns and what the scheduler keeps, in one map, and let the rest go."""
     results = {f.name: getattr(output, f.name) for f in fields(output)}
     results = {name: trace.combination(row) for name, row in results.items() if isinstance(row, Row)}
-    kept, combinations = {}, []
+    kept = {}  # id of a row -> the row, so that ids stay theirs, and what it stands for
     _replace(vars(twin), lambda row: kept.setdefault(id(row), (row, trace.combination(row)))[0])
-    combinations = [combination for _, combination in kept.values()]
-    trace.recorder.write([*results.values(), *combinations])
+    trace.recorder.write([*results.values(), *(combination for _, combination in kept.values())])
     trace.recorder.add(Done, results=0, step=0)
     step.instructions, trace.recorder.instructions = trace.recorder.instructions, []
     step.results, step.output = {name: number(value) for name, value in results.items()}, type(output)
     trace.numbers = [None] * SLOTS
     new = {key: trace.unit(combination, row.shape[1]) for key, (row, combination) in kept.items()}
-    held = [row for row, _ in kept.values()]  # ids stay theirs until all are replaced
     step.state = {name: _without_rows(value) for name, value in vars(twin).items() if seen.get(name, seen) is not value}
     _replace(vars(twin), lambda row: new[id(row)])
-    del held
 
 
 def _replace(container, function):

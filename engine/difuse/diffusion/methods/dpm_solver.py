@@ -1,23 +1,14 @@
 """DPM-Solver (Lu et al. 2022a, arXiv:2206.00927) and DPM-Solver++ (2022b, arXiv:2211.01095).
 
-h is the step in lambda = ln(alpha / sigma). What the papers write as sigma_s (e^h - 1) and alpha_s (1 - e^-h) is
-written with alpha and sigma, so that steps from pure noise (lambda = -inf) and to the data (inf) are like any other.
+h is the step in lambda = ln(alpha / sigma). The papers' steps of order 1, with sigma_s (e^h - 1) eps and
+alpha_s (1 - e^-h) x0, are `transfer` and `towards`, without logarithms, so that steps from pure noise (lambda = -inf)
+and to the data (inf) are like any other.
 """
 from dataclasses import replace
 from math import exp, expm1, isfinite, sqrt
 
 from difuse.diffusion.method import NOISE, Predict, steps_of
-from difuse.diffusion.methods.euler import towards
-
-
-def _phi(t, s):
-    """alpha_s (1 - e^-h)."""
-    return s.alpha - s.sigma * t.alpha / t.sigma
-
-
-def _psi(t, s):
-    """sigma_s (e^h - 1)."""
-    return s.alpha * t.sigma / t.alpha - s.sigma
+from difuse.diffusion.methods.euler import towards, transfer
 
 
 def _between(process, t, s, r):
@@ -33,9 +24,9 @@ def dpm_solver_2(x, path, *, process):
             x = towards(x, m.x0, t, s)
         else:
             middle = _between(process, t, s, 1 / 2)
-            u = middle.alpha / t.alpha * x - _psi(t, middle) * m.eps
+            u = transfer(x, m.eps, t, middle)
             m = yield Predict(u, middle)
-            x = s.alpha / t.alpha * x - _psi(t, s) * m.eps
+            x = transfer(x, m.eps, t, s)
         yield x
 
 
@@ -50,12 +41,11 @@ def dpm_solver_3(x, path, *, process):
         else:
             eps = m.eps
             s1, s2 = _between(process, t, s, r1), _between(process, t, s, r2)
-            u1 = s1.alpha / t.alpha * x - _psi(t, s1) * eps
+            u1 = transfer(x, eps, t, s1)
             D1 = (yield Predict(u1, s1)).eps - eps
-            u2 = (s2.alpha / t.alpha * x - _psi(t, s2) * eps
-                  - s2.sigma * r2 / r1 * (expm1(r2 * h) / (r2 * h) - 1) * D1)
+            u2 = transfer(x, eps, t, s2) - s2.sigma * r2 / r1 * (expm1(r2 * h) / (r2 * h) - 1) * D1
             D2 = (yield Predict(u2, s2)).eps - eps
-            x = s.alpha / t.alpha * x - _psi(t, s) * eps - s.sigma / r2 * (expm1(h) / h - 1) * D2
+            x = transfer(x, eps, t, s) - s.sigma / r2 * (expm1(h) / h - 1) * D2
         yield x
 
 
@@ -77,7 +67,7 @@ def dpm_solver_pp_2m(x, path, *, stochastic=False):
             x = (s.sigma / t.sigma * decay * x + s.alpha * (1 - decay**2) * D
                  + s.sigma * sqrt(1 - decay**2) * (yield NOISE))
         else:
-            x = s.sigma / t.sigma * x + _phi(t, s) * D
+            x = towards(x, D, t, s)
         before = t, x0
         yield x
 
@@ -97,13 +87,13 @@ def dpm_solver_pp_3m(x, path):
     for t, s in steps_of(path):
         x0 = (yield Predict(x, t)).x0
         h = s.lam - t.lam
-        x = s.sigma / t.sigma * x + _phi(t, s) * x0
+        x = towards(x, x0, t, s)
         if before and isfinite(h):
             h0 = t.lam - before[0][0].lam
             r0 = h0 / h
             slope = (x0 - before[0][1]) / r0  # D1_0
             if len(before) == 1 or not isfinite(before[0][0].lam - before[1][0].lam):
-                x = x + _phi(t, s) / 2 * slope
+                x = x - s.alpha * expm1(-h) / 2 * slope
             else:
                 r1 = (before[0][0].lam - before[1][0].lam) / h
                 behind = (before[0][1] - before[1][1]) / r1  # D1_1
@@ -127,12 +117,12 @@ def dpm_solver_pp_sde(x, path, *, process, eta=1.0, s_noise=1.0):
             middle = _between(process, t, s, 1 / 2)
             half = yield NOISE
             down, up = _ancestral(t, middle, eta)
-            u = down.sigma / t.sigma * x + _phi(t, down) * m.x0 + middle.alpha * up * s_noise * half
+            u = towards(x, m.x0, t, down) + middle.alpha * up * s_noise * half
             x0 = (yield Predict(u, middle)).x0
             share = (t.k - middle.k) / (t.k - s.k)
             z = sqrt(share) * half + sqrt(1 - share) * (yield NOISE)
             down, up = _ancestral(t, s, eta)
-            x = down.sigma / t.sigma * x + _phi(t, down) * x0 + s.alpha * up * s_noise * z
+            x = towards(x, x0, t, down) + s.alpha * up * s_noise * z
         yield x
 
 

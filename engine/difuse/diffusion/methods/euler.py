@@ -13,26 +13,25 @@ def towards(x, x0, t, s):
     return s.sigma / t.sigma * x + (s.alpha - s.sigma * t.alpha / t.sigma) * x0
 
 
-def _churned(x, t, process, gamma, s_noise):
-    """Noise added to go back to k * (1 + gamma): the state and the node there."""
+def transfer(x, eps, t, s):
+    """From node t to node s with eps held: DDIM's step, DPM-Solver's of order 1, equation 11 of PNDM."""
+    return s.alpha / t.alpha * x + (s.sigma - s.alpha * t.sigma / t.alpha) * eps
+
+
+def _churned(x, t, path, process, s_churn, s_tmin, s_tmax, s_noise):
+    """Noise added to go back to k * (1 + gamma), lines 4 to 6 of algorithm 2: the state and the node there."""
+    gamma = min(s_churn / (len(path) - 1), sqrt(2) - 1)
+    if gamma <= 0 or t.k == inf or not s_tmin <= t.k <= s_tmax:
+        return x, t
     back = process.at(t.k * (1 + gamma))
     z = yield NOISE
-    x = back.alpha * (x / t.alpha + s_noise * sqrt(back.k**2 - t.k**2) * z)
-    return x, back
-
-
-def _gamma(t, path, s_churn, s_tmin, s_tmax):
-    """How much to go back at t, algorithm 2 of the paper."""
-    inside = t.k < inf and s_tmin <= t.k <= s_tmax
-    return min(s_churn / (len(path) - 1), sqrt(2) - 1) if inside else 0.0
+    return back.alpha * (x / t.alpha + s_noise * sqrt(back.k**2 - t.k**2) * z), back
 
 
 def euler(x, path, *, process, s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0):
     """Euler's method in k; s_churn > 0 adds noise before each step between k = s_tmin and s_tmax (algorithm 2)."""
     for t, s in steps_of(path):
-        gamma = _gamma(t, path, s_churn, s_tmin, s_tmax)
-        if gamma > 0:
-            x, t = yield from _churned(x, t, process, gamma, s_noise)
+        x, t = yield from _churned(x, t, path, process, s_churn, s_tmin, s_tmax, s_noise)
         m = yield Predict(x, t)
         x = towards(x, m.x0, t, s)
         yield x
@@ -54,9 +53,7 @@ def euler_ancestral(x, path, *, eta=1.0, s_noise=1.0):
 def heun(x, path, *, process, s_churn=0.0, s_tmin=0.0, s_tmax=inf, s_noise=1.0):
     """Heun's method in k, two calls a step and one in the last: algorithm 2 of Karras et al. 2022, with its churn."""
     for t, s in steps_of(path):
-        gamma = _gamma(t, path, s_churn, s_tmin, s_tmax)
-        if gamma > 0:
-            x, t = yield from _churned(x, t, process, gamma, s_noise)
+        x, t = yield from _churned(x, t, path, process, s_churn, s_tmin, s_tmax, s_noise)
         m = yield Predict(x, t)
         ahead = towards(x, m.x0, t, s)
         if s.sigma > 0:

@@ -2,11 +2,7 @@
 import numpy as np
 
 from difuse.diffusion.method import Predict, steps_of
-
-
-def _transfer(x, eps, t, s):
-    """DDIM's step with this eps, equation 11 of PNDM."""
-    return s.alpha / t.alpha * x + (s.sigma - s.alpha * t.sigma / t.alpha) * eps
+from difuse.diffusion.methods.euler import transfer
 
 
 def pndm(x, path, *, process):
@@ -19,17 +15,17 @@ def pndm(x, path, *, process):
     for t, s in steps_of(path):
         eps = (yield Predict(x, t)).eps
         if s.sigma == 0:
-            x = _transfer(x, _adams(eps, past), t, s)
+            x = transfer(x, _adams(eps, past), t, s)
         elif len(past) < 3:
             middle = process.at((t.k + s.k) / 2)
-            e2 = (yield Predict(_transfer(x, eps, t, middle), middle)).eps
+            e2 = (yield Predict(transfer(x, eps, t, middle), middle)).eps
             total = eps + 2 * e2
-            e3 = (yield Predict(_transfer(x, e2, t, middle), middle)).eps
+            e3 = (yield Predict(transfer(x, e2, t, middle), middle)).eps
             total = total + 2 * e3
-            e4 = (yield Predict(_transfer(x, e3, t, s), s)).eps
-            x = _transfer(x, (total + e4) / 6, t, s)
+            e4 = (yield Predict(transfer(x, e3, t, s), s)).eps
+            x = transfer(x, (total + e4) / 6, t, s)
         else:
-            x = _transfer(x, _adams(eps, past), t, s)
+            x = transfer(x, _adams(eps, past), t, s)
         past = [eps, *past[:2]]
         yield x
 
