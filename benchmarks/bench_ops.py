@@ -98,6 +98,7 @@ ONE_ROW = [Case(op, "one_row", build, "nothing to do but the call itself", speed
     ("attention_packed", lambda make: ((make("qkv", 1, 1, 3, 1, 8),), {})),
     ("gated_activation", lambda make: ((make("h", 1, 1, 16),), {})),
     ("gelu_tanh", lambda make: ((make("x", 1, 1, 8),), {})),
+    ("gram", lambda make: (([make("x0", 1, 8), make("x1", 1, 8)],), {})),
     ("group_norm_act", lambda make: ((make("x", 1, 4, 2, 2), 2), {})),
     ("patchify", lambda make: ((make("x", 1, 4, 2, 2), (2, 2)), {"order": "cpq"})),
     ("unpatchify", lambda make: ((make("tokens", 1, 1, 16), (2, 2), (1, 1)), {"order": "pqc"})),

@@ -9,7 +9,8 @@ from benchmarks.gpu_model import SAMPLING
 SCHEMA = 1
 LARGE = 100e6  # bytes; below, a call is so short that launching it shows, and no share of bandwidth is asked for
 MEMORY_BOUND = ("norm_modulate", "gate_residual", "gate_residual_norm_modulate", "norm_modulate_dual", "group_norm_act",
-                "gated_activation", "qk_norm_rope", "qk_norm_rope_joint", "patchify", "unpatchify", "sampler_step")
+                "gated_activation", "gram", "qk_norm_rope", "qk_norm_rope_joint", "patchify", "unpatchify",
+                "sampler_step")
 XL_512, XL_256 = "DiT-XL/2 512 px", "DiT-XL/2 256 px"
 TARGETS = (
     Target(MEMORY_BOUND, FORWARD, "copy", 0.85, ("bf16",)),

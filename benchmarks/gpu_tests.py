@@ -14,7 +14,8 @@ from benchmarks.gpu_plan import Job
 from benchmarks.gpu_worker import Outcome, end_group
 
 ROOT = pathlib.Path(__file__).parents[1]
-OPS = ("adaln", "attention", "gated_activation", "group_norm_act", "patchify", "qk_norm_rope", "sampler_step")
+OPS = ("adaln", "attention", "gated_activation", "gram", "group_norm_act", "patchify", "qk_norm_rope",
+       "sampler_step")
 GROUPS = {  # name -> (processes, pytest's arguments): few where a process holds gigabytes
     "offsets beyond 2^31": (2, ["tests/test_large.py"]),
     "production shapes, determinism, devices": (6, ["tests/test_gpu.py"]),

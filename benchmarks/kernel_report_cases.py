@@ -252,6 +252,12 @@ SAMPLER_STEP = [
     Call("sampler_step", "DiT-XL/2 256, DDPM", _ancestral(32, 4, 32, 32), quick=True),
 ]
 
+GRAM = [
+    Call("gram", "DiT-XL/2 256, rescaled", lambda make: ((make(64, 8, 32, 32)[:, :4].chunk(2),), {}), quick=True),
+    Call("gram", "Flux 1024, rescaled", lambda make: ((make(4, 4096, 64).chunk(2),), {}), quick=True),
+]
+
+
 def _qk_norm_rope(B, S, H, Dh, weights=True, angles=True, **settings):
     def build(make):
         q, k, _ = make(B, S, 3, H, Dh).unbind(2)
@@ -312,4 +318,4 @@ GROUP_NORM_ACT = [
     Call("group_norm_act", "SDXL 1024, before attention", _group_norm(4, 640, 64, 64, add=False, activation="none")),
 ]
 
-CALLS = [*ATTENTION, *ADALN, *QK_NORM_ROPE, *GATED_ACTIVATION, *GROUP_NORM_ACT, *PATCHIFY, *SAMPLER_STEP]
+CALLS = [*ATTENTION, *ADALN, *QK_NORM_ROPE, *GATED_ACTIVATION, *GROUP_NORM_ACT, *PATCHIFY, *SAMPLER_STEP, *GRAM]

@@ -24,6 +24,7 @@ BACKWARD_READS = {
     "sampler_step": ((), ()),
     "gated_activation": ((0,), ()),
     "gelu_tanh": ((0,), ()),
+    "gram": ((0, 1, 2, 3), ()),
     "group_norm_act": ((0,), ()),
     "qk_norm_rope": ((0, 1), ()),
     "qk_norm_rope_joint": (tuple(9 * i + field for i in range(4) for field in (0, 1, 7, 8)), ()),  # v's is handed on
@@ -75,7 +76,7 @@ def work(op, args, kwargs, outputs, backward):
     if op == "qk_norm_rope_joint":
         inputs = [tensor for stream in args[0] for tensor in stream]
     else:
-        inputs = [a for a in args[0]] + [args[1]] if op == "sampler_step" else [*args, *kwargs.values()]
+        inputs = [*args[0], *args[1:]] if op in ("gram", "sampler_step") else [*args, *kwargs.values()]
     tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
     total = sum(map(_bytes, tensors)) + sum(map(_bytes, outputs))
     if backward:
@@ -98,6 +99,9 @@ def _flops(op, args, outputs, backward):
         products = 2 + (5 if backward else 0)  # qk, pv; then both again and qk recomputed
         return products * 2 * batch * heads * queries * args[1].shape[1] * head_dim
     elements = sum(out.numel() for out in (outputs[:2] if op.startswith("qk_norm_rope") else outputs[-1:]))
+    if op == "gram":
+        n = len(args[0])
+        return n * (n + 2) * args[0][0].numel() * (1 + backward)  # n sums, n (n + 1) / 2 products and theirs
     if op == "sampler_step":
         return 2 * len(args[0]) * len(outputs) * elements * (1 + backward)
     forward, more = FLOPS_PER_ELEMENT[op]

@@ -84,6 +84,8 @@ struct Queue {
                                   const Tensor& shift, const Tensor& scale2, const Tensor& shift2, const Tensor& mean, \
                                   const Tensor& rstd, bool rms, const Tensor& dx, const Tensor& dscale,                \
                                   const Tensor& dshift, const Tensor& dscale2, const Tensor& dshift2))                 \
+  /* inputs [B,...], every sample dense; G i32 [B,n+1,2(n+1)], the words of float64 [B,n+1,n+1]. */                    \
+  X(gram, (const TensorList& inputs, const Tensor& G))                                                                 \
   /* All contiguous, of one shape. */                                                                                  \
   X(gelu_tanh_forward, (const Tensor& x, const Tensor& out))                                                           \
   X(gelu_tanh_backward, (const Tensor& dout, const Tensor& x, const Tensor& dx))                                       \

@@ -37,6 +37,7 @@ CASES = {  # op -> call on x [2,33,24], or on heads in it, and m [2,24]
     "gate_residual_norm_modulate": lambda x, m, run: run(x, x, m, m, m),
     "norm_modulate_dual": lambda x, m, run: run(x, m, m, m, m),
     "gated_activation": lambda x, m, run: run(x),
+    "gram": lambda x, m, run: run([x, x.flip(0)]),
     "group_norm_act": _embedded,
     "attention": lambda x, m, run: run(*x.unflatten(2, (3, 1, 8)).unbind(2)),
     "attention_packed": lambda x, m, run: run(x.unflatten(2, (3, 1, 8))),

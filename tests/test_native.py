@@ -38,7 +38,7 @@ assert not wrong, wrong
 print(native.ext.isa(), *sorted(ran))
 """
 ALL_OPS = ["attention", "attention_packed", "gate_residual", "gate_residual_norm_modulate", "gated_activation",
-           "gelu_tanh", "group_norm_act", "norm_modulate", "norm_modulate_dual", "patchify", "qk_norm_rope",
+           "gelu_tanh", "gram", "group_norm_act", "norm_modulate", "norm_modulate_dual", "patchify", "qk_norm_rope",
            "qk_norm_rope_joint", "sampler_step", "unpatchify"]
 
 
@@ -112,7 +112,7 @@ def test_every_instruction_set_runs_or_says_why_not(isa):
     flags = set(re.search(r"flags\s*:(.*)", Path("/proc/cpuinfo").read_text())[1].split())
     wants = {"v2": {"sse4_2"}, "v3": {"avx2", "fma"}, "v4": {"avx512bw", "avx512vl"},
              "v4_vnni": {"avx512bw", "avx512_vnni"}, "v4_bf16": {"avx512bw", "avx512_vnni", "avx512_bf16"}}
-    ops = ["gate_residual_norm_modulate", "norm_modulate", "patchify", "sampler_step"]
+    ops = ["gate_residual_norm_modulate", "gram", "norm_modulate", "patchify", "sampler_step"]
     if isa == native.ext.isa():
         ops = ["sampler_step"]  # the contract suite runs all of them on it
     elif isa == "v4_bf16":

@@ -8,6 +8,7 @@
     dit_block                                       dit_block/                           csrc/dit_block/ (CPU)
     gated_activation                                gated_activation/                    csrc/gated_activation/
     gelu_tanh                                       gelu_tanh/                           csrc/gelu_tanh/ (CPU)
+    gram                                            gram/                                csrc/gram/ (CPU)
     group_norm_act                                  group_norm_act/                      csrc/group_norm_act/ (CPU)
     packed_linear                                   linear/                              csrc/linear/ (CPU)
     patchify, unpatchify                            patchify/                            csrc/patchify/
@@ -26,6 +27,7 @@ from difuse_kernels.dit_block.dit_block import Workspace, dit_block
 from difuse_kernels.explaining import explain, explain_reset
 from difuse_kernels.gated_activation.gated_activation import gated_activation
 from difuse_kernels.gelu_tanh.gelu_tanh import gelu_tanh
+from difuse_kernels.gram.gram import gram
 from difuse_kernels.group_norm_act.group_norm_act import group_norm_act
 from difuse_kernels.linear.linear import Codes, PackedWeight, pack_linear, packed_linear
 from difuse_kernels.patchify.patchify import patchify, unpatchify
@@ -34,7 +36,7 @@ from difuse_kernels.sampler_step.sampler_step import sampler_step
 
 __all__ = [
     "Codes", "PackedWeight", "Stream", "Workspace", "attention", "attention_packed", "dit_block", "explain",
-    "explain_reset", "gate_residual", "gate_residual_norm_modulate", "gated_activation", "gelu_tanh", "group_norm_act",
-    "norm_modulate", "norm_modulate_dual", "pack_linear", "packed_linear", "patchify", "qk_norm_rope",
+    "explain_reset", "gate_residual", "gate_residual_norm_modulate", "gated_activation", "gelu_tanh", "gram",
+    "group_norm_act", "norm_modulate", "norm_modulate_dual", "pack_linear", "packed_linear", "patchify", "qk_norm_rope",
     "qk_norm_rope_joint", "sampler_step", "unpatchify", "use_backend",
 ]

@@ -110,8 +110,8 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
     """Register `op` and its backward from its autograd.Function.
 
     schema: the function's arguments after the implementation, tensors first ("Tensor x, Tensor? scale, str norm"), and
-    what it returns (" -> Tensor"). For a number of tensors that varies "Tensor[] tensors, int[] absent, ..." and
-    " -> Tensor[]", with the positions at which a None belongs; results that are None, at the end, are left out.
+    what it returns (" -> Tensor"). For a number of tensors that varies "Tensor[] tensors, int[] absent, ...", with the
+    positions at which a None belongs, and " -> Tensor[]"; results that are None, at the end, are left out.
     fake(*arguments): what the function returns, as empty tensors. The first `results` are the op's; None: all.
     context: the schema of what the function keeps for its backward pass beside tensors, by the names it has on ctx;
     without it, all arguments that are not tensors.
@@ -120,7 +120,7 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
     pack: makes the registered op's arguments of those that the reference takes.
     """
     arguments, returns = schema.split(" -> ")
-    listed = arguments.startswith("Tensor[]")
+    listed, returns_list = arguments.startswith("Tensor[]"), returns == "Tensor[]"
     others = [argument for argument in arguments.split(", ") if not argument.startswith("Tensor")]
     constants, context = len(others), ", ".join(others) if context is None else context
     kept = [field.split()[1] for field in context.split(", ")] if context else []
@@ -131,7 +131,7 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
         return (_with_nones(tensors[0], values[0]), values[1:]) if listed else (tensors, values)
 
     def present(outputs):
-        return [output for output in outputs if output is not None] if listed else outputs
+        return [output for output in outputs if output is not None] if returns_list else outputs
 
     def run(*inputs):
         *inputs, backend = inputs
@@ -157,7 +157,8 @@ def define(op, function, schema, fake, *, context=None, results=1, fake_backward
         ctx.set_materialize_grads(False)
 
     def backward(ctx, *grads):
-        grads, needs = (grads[0], ctx.needs_input_grad[0]) if listed else (grads, ctx.needs_input_grad[: len(ctx.at)])
+        grads = grads[0] if returns_list else grads
+        needs = ctx.needs_input_grad[0] if listed else ctx.needs_input_grad[: len(ctx.at)]
         needs = [bool(need) for need in _with_nones(needs, ctx.absent)]
         found = iter(backward_op(list(grads), list(ctx.saved_tensors), *ctx.kept, ctx.at, needs, ctx.backend))
         found = [next(found) if need else None for i, need in enumerate(needs) if i not in ctx.absent]

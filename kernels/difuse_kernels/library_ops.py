@@ -10,6 +10,7 @@ from difuse_kernels.adaln import adaln, norm_modulate_dual
 from difuse_kernels.attention import attention
 from difuse_kernels.gated_activation import gated_activation
 from difuse_kernels.gelu_tanh import gelu_tanh
+from difuse_kernels.gram import gram
 from difuse_kernels.group_norm_act import group_norm_act
 from difuse_kernels.group_norm_act.group_norm_act_layout import image_like
 from difuse_kernels.library import define, like, without_nones
@@ -52,6 +53,10 @@ define(gated_activation.GATED_ACTIVATION, gated_activation._GatedActivation,
        "Tensor h, str activation, str act_on -> Tensor", lambda h, *_: like(h[..., : h.shape[-1] // 2]))
 
 define(gelu_tanh.GELU_TANH, gelu_tanh._GeluTanh, "Tensor x -> Tensor", lambda x, *_: like(x))
+
+define(gram.GRAM, gram._Gram, "Tensor[] tensors, int[] absent -> Tensor",
+       lambda x, *more: x.new_empty((x.shape[0], len(more) + 2, len(more) + 2), dtype=torch.float64),
+       context="", pack=without_nones)
 
 
 def _image_and_statistics(x, _add, _weight, _bias, groups, *_):

@@ -4,6 +4,7 @@ from difuse_kernels.testing import (
     attention_cases,
     gated_activation_cases,
     gelu_tanh_cases,
+    gram_cases,
     group_norm_act_cases,
     patchify_cases,
     qk_norm_rope_cases,
@@ -11,7 +12,8 @@ from difuse_kernels.testing import (
 )
 
 CASES = [*adaln_cases.CASES, *attention_cases.CASES, *gated_activation_cases.CASES, *gelu_tanh_cases.CASES,
-         *group_norm_act_cases.CASES, *patchify_cases.CASES, *sampler_step_cases.CASES, *qk_norm_rope_cases.CASES]
+         *gram_cases.CASES, *group_norm_act_cases.CASES, *patchify_cases.CASES, *sampler_step_cases.CASES,
+         *qk_norm_rope_cases.CASES]
 
 
 def cases(op=None, speed=False):

@@ -139,6 +139,14 @@ def gelu_tanh(x):
     return F.gelu(x, approximate="tanh")
 
 
+def gram(inputs):
+    """A product and a sum for every pair, in float32."""
+    rows = [torch.ones_like(inputs[0], dtype=torch.float32), *(x.float() for x in inputs)]
+    over = tuple(range(1, inputs[0].dim()))
+    pairs = [(a * b).sum(over) if over else a * b for a in rows for b in rows]
+    return torch.stack(pairs, -1).reshape(-1, len(rows), len(rows))
+
+
 def group_norm_act(x, groups, weight=None, bias=None, *, add=None, activation="none", eps=1e-5):
     """The embedding added, F.group_norm, F.silu, as in diffusers' ResnetBlock2D."""
     if add is not None:
@@ -152,4 +160,4 @@ def group_norm_act(x, groups, weight=None, bias=None, *, add=None, activation="n
 
 EAGER = {f.__name__: f for f in (norm_modulate, gate_residual, gate_residual_norm_modulate, attention,
                                  norm_modulate_dual, attention_packed, patchify, unpatchify, sampler_step,
-                                 gated_activation, gelu_tanh, group_norm_act, qk_norm_rope, qk_norm_rope_joint)}
+                                 gated_activation, gelu_tanh, gram, group_norm_act, qk_norm_rope, qk_norm_rope_joint)}
