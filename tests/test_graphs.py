@@ -11,10 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difuse
-from difuse.diffusion import VP, Flow, Guidance, ddim, initial_noise
+from difuse.diffusion import APG, SAMPLERS, VESDE, VP, Flow, Guidance, Threshold, ddim, initial_noise
 from difuse.inference import graphs as graphs_module
 from difuse.inference.sample import _Done
 from difuse.models import DiT
+from tests.mixture import smooth
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -58,9 +59,44 @@ def test_histories_are_replayed_too(name, model, records):
     assert torch.equal(images(model, graphs, **changed), images(model, None, **changed)) and len(records) == before
 
 
-def test_what_is_not_linear_is_not_recorded(model, records):
-    with pytest.raises(ValueError, match="ddim: these steps are not linear .*expected graphs=None"):
-        images(model, difuse.Graphs(), guidance=Guidance(2.0, rescale=0.5))
+MASK = (torch.arange(8) < 4).float().expand(3, 3, 8, 8)
+
+
+@pytest.mark.parametrize("changes, most", [
+    (dict(guidance=Guidance(2.0, rescale=0.5)), 1),
+    (dict(guidance=Guidance(2.0, zero_star=True, zero_steps=2)), 2),
+    (dict(guidance=Guidance(2.0, per_token=2)), 1),
+    (dict(guidance=Guidance(2.0, apg=APG(0.1, 5.0, -0.5)), sampler="dpm_solver_pp_2m"), 4),
+    (dict(clip=1.0), 2),
+    (dict(clip=Threshold(0.9, 2.0), sampler="unipc"), 5),
+    (dict(image=MASK / 2, mask=MASK), 3),
+], ids=["rescale", "zero_star", "per_token", "apg", "clip", "threshold", "mask"])
+def test_what_is_not_linear_is_recorded_too(changes, most, model, records):
+    graphs, plain = difuse.Graphs(keep=8), images(model, None, steps=8, **changes)
+    for _ in range(2):
+        torch.testing.assert_close(images(model, graphs, steps=8, **changes), plain, rtol=0, atol=0)
+    assert len(records) == len(graphs) <= most
+
+
+def test_langevin_steps_and_a_learned_variance_are_recorded(records):
+    def model(x, t, labels):
+        return torch.cat((smooth(x, t), smooth(x, t).sin()), 1)
+
+    noise, labels = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    for name, process, options, most in (("ddpm", VP(), {"variance": "learned"}, 3),
+                                         ("predictor_corrector", VESDE(), {}, 3)):
+        results, graphs = [], difuse.Graphs(keep=8)
+        for recorded in (None, graphs):
+            generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+            results.append(SAMPLERS[name](model, noise, process=process, steps=6, prediction="eps", labels=labels,
+                                          generators=generators, graphs=recorded, **options))
+        assert torch.equal(*results) and len(graphs) <= most
+
+
+def test_a_classifier_is_not_recorded(model, records):
+    guidance = Guidance(classifier=lambda x, t, labels: x.flatten(1).sum(1))
+    with pytest.raises(ValueError, match="ddim: graphs know one model's weights .*expected graphs=None"):
+        images(model, difuse.Graphs(), guidance=guidance)
 
 
 def test_replayed_with_other_coefficients_labels_and_seeds(model, records):

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from difuse.diffusion import APG, SAMPLERS, VP, VPSDE, Guidance, skip_layers
+from difuse.diffusion import APG, SAMPLERS, VESDE, VP, VPSDE, Flow, Guidance, skip_layers
 from difuse.diffusion.method import record
-from difuse.diffusion.program import Run
+from difuse.diffusion.program import Call, Done, Map, Run, Weigh
 from difuse.models import DiT
 from tests.mixture import WEIGHTS, log_density, smooth, trajectory
 
@@ -64,9 +64,14 @@ def zero_star(cond, null, w):
     return a * null + w * (cond - a * null)
 
 
-def per_token(cond, null, w):
+def per_token(cond, null, w, p=1):
+    """Qwen-Image's, which packs p x p places into a token's last dimension."""
+    B, C, H, W = cond.shape
+    cond, null = (x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // p**2, C * p**2)
+                  for x in (cond, null))
     m = plain(cond, null, w)
-    return m * cond.norm(dim=1, keepdim=True) / m.norm(dim=1, keepdim=True)
+    m = m * cond.norm(dim=-1, keepdim=True) / m.norm(dim=-1, keepdim=True)
+    return m.reshape(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
 def projected(differences, cond, w, eta, threshold, momentum):
@@ -84,16 +89,18 @@ def projected(differences, cond, w, eta, threshold, momentum):
 @pytest.mark.parametrize("rule, formula", [
     ({"rescale": 0.7}, lambda c, n, w: rescaled(c[-1], n[-1], w, 0.7)),
     ({"zero_star": True}, lambda c, n, w: zero_star(c[-1], n[-1], w)),
-    ({"per_token": True}, lambda c, n, w: per_token(c[-1], n[-1], w)),
+    ({"per_token": 1}, lambda c, n, w: per_token(c[-1], n[-1], w)),
+    ({"per_token": 2}, lambda c, n, w: per_token(c[-1], n[-1], w, 2)),
+    ({"zero_star": True, "zero_steps": 1}, lambda c, n, w: zero_star(c[-1], n[-1], w) * (len(c) > 1)),
     ({"apg": APG(eta=0.2)}, lambda c, n, w: projected([c[-1] - n[-1]], c[-1], w, 0.2, 0, 0)),
     ({"apg": APG(threshold=0.5, momentum=-0.5)}, lambda c, n, w: projected(
         [a - b for a, b in zip(c, n, strict=True)], c[-1], w, 0, 0.5, -0.5))],
-    ids=["rescale", "zero_star", "per_token", "apg", "apg with momentum"])
+    ids=["rescale", "zero_star", "per_token", "per_token of 2", "zero_steps", "apg", "apg with momentum"])
 def test_rules_that_need_whole_samples_are_the_papers(rule, formula):
     """Two steps of Euler's, each from the state it started at, against the rule written out."""
     process, w = VPSDE(), 3.0
     nodes = [process.at(k) for k in (3.0, 1.5, 0.7)]
-    x = torch.randn(4, 3, 5, 3, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 3, 6, 2, generator=torch.Generator().manual_seed(0))
     program = record(functools.partial(SAMPLERS["euler"]._method, process=process), nodes, "eps", Guidance(w, **rule))
     states, conds, nulls = [x], [], []
     run = Run(program, (x,), None, lambda step, x: states.append(x))
@@ -109,6 +116,92 @@ def test_rules_that_need_whole_samples_are_the_papers(rule, formula):
             expected = s.alpha * (states[-2].double() / t.alpha + (s.k - t.k) * m)
             torch.testing.assert_close(states[-1].double(), expected, rtol=2e-6, atol=2e-6)
     assert len(conds) == 2
+
+
+RULES = {"rescale": dict(rescale=0.7), "zero_star": dict(zero_star=True, zero_steps=1), "per_token": dict(per_token=2),
+         "apg": dict(apg=APG(0.3, 2.0, -0.5))}
+
+
+class Mixed:
+    """A model without guidance that mixes two answers by a rule itself."""
+
+    def __init__(self, rule, w):
+        self.rule, self.w, self.differences, self.steps = rule, w, [], 0
+
+    def __call__(self, x, t):
+        cond, null = (each.double() for each in answers(x, t))
+        self.differences.append(cond - null)
+        return {"rescale": lambda: rescaled(cond, null, self.w, 0.7),
+                "zero_star": lambda: zero_star(cond, null, self.w) * (self.steps > 0),
+                "per_token": lambda: per_token(cond, null, self.w, 2),
+                "apg": lambda: projected(self.differences, cond, self.w, 0.3, 2.0, -0.5)}[self.rule]().float()
+
+
+def answers(x, t):
+    m = smooth(x, t)
+    return m, 0.5 * m + 0.1 * torch.cos(x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_with_every_rule(name, rule):
+    """Guided by a rule, and with a model that mixes by it: histories, several calls a step, per-sample coefficients."""
+    process = next(each for each in (VPSDE(), VESDE(), Flow()) if SAMPLERS[name].takes(each))
+    noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    mixed = Mixed(rule, 2.5)
+
+    def model(x, t, labels):
+        cond, null = answers(x, t)
+        return torch.where((labels == 3).reshape(-1, 1, 1, 1), null, cond)
+
+    def count(step, x):
+        mixed.steps = step + 1
+
+    model.num_classes = 3
+    settings = dict(process=process, steps=5, prediction="flow" if isinstance(process, Flow) else "eps")
+    if not isinstance(process, Flow):
+        settings["spacing"] = "log_snr"
+    if name == "predictor_corrector" and rule == "zero_star":  # a step of no length has no Langevin step
+        settings |= dict(steps=1)
+    results = []
+    for network, more in ((mixed, dict(callback=count)), (model, dict(
+            labels=torch.tensor([0, 1, 2]), guidance=Guidance(2.5, **RULES[rule])))):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        results.append(SAMPLERS[name](network, noise, generators=generators, **settings, **more))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=2e-4 * results[0].abs().max().item())
+
+
+def test_a_rule_of_norms_is_one_pass_over_the_answers_and_one_update():
+    for rule in ({"rescale": 0.5}, {"zero_star": True}, {"apg": APG(threshold=1.0, momentum=-0.5)}):
+        for name, outputs in (("ddim", 1), ("dpm_solver_pp_2m", 2), ("unipc", 2)):
+            program = SAMPLERS[name].program(VP(), 8, "eps", Guidance(3.0, **rule))
+            kinds = [type(each) for each in program.instructions]
+            assert kinds == [Call, Weigh, Map, Done] * 8, (rule, name)
+            maps = [each for each in program.instructions if isinstance(each, Map)]
+            assert max(len(each.outputs) for each in maps) == outputs + ("apg" in rule), (rule, name)
+
+
+def test_answers_of_nothing_but_zeros_are_no_division():
+    """A model that has just been made."""
+    def model(x, t, labels):
+        return torch.zeros_like(x)
+
+    model.num_classes = 3
+    noise, labels = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    plain = SAMPLERS["ddim"](model, noise, process=VP(), steps=3, prediction="eps", labels=labels)
+    for rule in RULES.values():
+        x = SAMPLERS["ddim"](model, noise, process=VP(), steps=3, prediction="eps", labels=labels,
+                             guidance=Guidance(3.0, **rule))
+        torch.testing.assert_close(x, plain)
+
+
+def test_tokens_must_fit():
+    with pytest.raises(ValueError, match=r"ddim: guidance per_token is 2 and noise has shape \(1, 1, 4, 3\)"):
+        SAMPLERS["ddim"](smooth, torch.zeros(1, 1, 4, 3), process=VP(), steps=3, prediction="eps",
+                         labels=torch.tensor([0]), guidance=Guidance(3.0, per_token=2))
+    for bad in (-1, 0.5, "2"):
+        with pytest.raises(ValueError, match="guidance per_token is .*expected the side of a token"):
+            Guidance(3.0, per_token=bad)
 
 
 def test_an_interval_of_guidance_saves_rows():

@@ -4,7 +4,9 @@
 
 Everything that is a weighted sum of answers goes into the coefficients of the sampler's update, so the mix is never
 written to memory: the plain rule, an interval of steps, layers left out (skip-layer guidance), a weaker model (auto-
-guidance). What needs a norm or an inner product of whole samples first is `Apply`, an operation of its own.
+guidance). So are the rules that weigh answers by norms and inner products of whole samples, `Weigh`: these are found in
+one pass over the answers, and the update's coefficients are each sample's own. A norm at every place is `Apply`, an
+operation that is not linear, and so is a classifier's gradient.
 """
 import math
 from collections.abc import Callable
@@ -15,8 +17,9 @@ from torch import nn
 
 from difuse.diffusion.grids import part_of
 from difuse.diffusion.parameterizations import coefficients
-from difuse.diffusion.program import Apply
+from difuse.diffusion.program import Apply, Combination, Weigh
 from difuse.models.layers import DiTBlock
+from difuse_kernels import gram, patchify, sampler_step, unpatchify
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Guidance:
     rescale: 0 to 1, how far the result gets the conditional answer's standard deviation (arXiv:2305.08891).
     zero_star: the null answer is scaled to lie closest to the conditional one, and the prediction is 0, on the straight
     path no step, in the first `zero_steps` steps (CFG-Zero*, arXiv:2503.18886).
-    per_token: the result gets the conditional answer's norm at every place, over channels (Qwen-Image). apg: an `APG`.
+    per_token: p, each token of p x p places gets the conditional answer's norm (Qwen-Image: 2); 1 also for states that
+    are tokens, [B,S,D]. apg: an `APG`.
     skip, skip_scale: a model without some of its layers, `skip_layers(model, [7, 8])`, and s in
     m + s * (m_cond - m_skip) (SD3.5). weak: a weaker model in the null answer's place (auto-guidance,
     arXiv:2406.02507).
@@ -42,7 +46,7 @@ class Guidance:
     rescale: float = 0.0
     zero_star: bool = False
     zero_steps: int = 0
-    per_token: bool = False
+    per_token: int = 0
     apg: "APG | None" = None
     skip: Callable | None = None
     skip_scale: float = 0.0
@@ -62,6 +66,8 @@ class Guidance:
             raise ValueError(f"guidance interval is {self.interval}; expected parts of the steps, 0 <= from < to <= 1")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale is {self.rescale}; expected 0 to 1")
+        if self.per_token not in range(1025):
+            raise ValueError(f"guidance per_token is {self.per_token!r}; expected the side of a token, 1 or more, or 0")
         if self.passes not in (1, 2):
             raise ValueError(f"guidance passes is {self.passes!r}; expected 1, both halves in one call, or 2")
         rules = [name for name in ("zero_star", "per_token", "apg") if getattr(self, name)]
@@ -100,15 +106,17 @@ class Guidance:
         cond = answers["cond"]
         other = answers.get("null", answers.get("weak"))
         m = cond if other is None else self.scale * cond + (1 - self.scale) * other
-        rule = self._rule(step)
         if other is not None and self.apg:
-            difference = cond - other
-            if self.apg.momentum and "difference" in memory:
-                difference = difference + self.apg.momentum * memory["difference"]
-            change, = recorder.add(Apply, difference, cond, function=self.apg)
-            m, memory["difference"] = cond + (self.scale - 1) * change, difference
-        elif other is not None and rule is not None:
-            m, = recorder.add(Apply, cond, other, function=rule)
+            before = [memory["difference"]] if "difference" in memory else []
+            m = _weighed(recorder, _Projected(self.scale, self.apg), cond, other, *before)
+            if self.apg.momentum:
+                memory["difference"] = sum((self.apg.momentum * each for each in before), cond - other)
+        elif other is not None and self.rescale:
+            m = _weighed(recorder, _Rescaled(self.scale, self.rescale), cond, other)
+        elif other is not None and self.zero_star:
+            m = 0 * m if step < self.zero_steps else _weighed(recorder, _ZeroStar(self.scale), cond, other)
+        elif other is not None and self.per_token:
+            m, = recorder.add(Apply, cond, other, function=_PerToken(self.scale, self.per_token))
         if "skip" in answers:
             m = m + self.skip_scale * (cond - answers["skip"])
         if self.classifier is not None:
@@ -120,56 +128,6 @@ class Guidance:
             c = coefficients("score", prediction, node.alpha, node.sigma)[1]  # of the score, the state being given
             m = m + (self.classifier_scale * node.scale * c) * gradient
         return m
-
-    def _rule(self, step):
-        if self.rescale:
-            return Rescaled(self.scale, self.rescale)
-        if self.zero_star:
-            return ZeroStar(0.0 if step < self.zero_steps else 1.0, self.scale)
-        return PerToken(self.scale) if self.per_token else None
-
-
-def _inner(a, b):
-    """The inner product of each sample [B,1,...], in float64."""
-    over = tuple(range(1, a.dim()))
-    return (a.double() * b.double()).sum(over, keepdim=True)
-
-
-@dataclass(frozen=True)
-class Rescaled:
-    """m * (phi * std(cond) / std(m) + 1 - phi), m being the plain mix; standard deviations of whole samples."""
-
-    w: float
-    phi: float
-
-    def __call__(self, cond, null):
-        m = torch.lerp(null.float(), cond.float(), self.w)
-        over = tuple(range(1, m.dim()))
-        ratio = cond.float().std(over, keepdim=True) / m.std(over, keepdim=True)
-        return m * (self.phi * ratio + 1 - self.phi)
-
-
-@dataclass(frozen=True)
-class ZeroStar:
-    """(1 - w) * a * null + w * cond, a = <cond, null> / |null|^2; times `on`, 0 in the first steps."""
-
-    on: float
-    w: float
-
-    def __call__(self, cond, null):
-        a = (_inner(cond, null) / (_inner(null, null) + 1e-8)).float()
-        return self.on * ((1 - self.w) * a * null.float() + self.w * cond.float())
-
-
-@dataclass(frozen=True)
-class PerToken:
-    """The plain mix with the conditional answer's norm over channels at every place."""
-
-    w: float
-
-    def __call__(self, cond, null):
-        m = torch.lerp(null.float(), cond.float(), self.w)
-        return m * (cond.float().norm(dim=1, keepdim=True) / m.norm(dim=1, keepdim=True))
 
 
 @dataclass(frozen=True)
@@ -185,13 +143,85 @@ class APG:
     threshold: float = 0.0
     momentum: float = 0.0
 
-    def __call__(self, difference, cond):
-        """What is left of the difference of the answers."""
-        if self.threshold > 0:
-            length = _inner(difference, difference).sqrt()
-            difference = difference * (self.threshold / length).clamp(max=1).float()
-        along = (_inner(difference, cond) / _inner(cond, cond)).float() * cond.float()
-        return difference - (1 - self.eta) * along
+
+def _weighed(recorder, function, *answers):
+    """The sum of these answers with the weights function(G) [B,J], G being their `gram`: of 1, c, n, .."""
+    return sum(recorder.add(Weigh, *answers, results=len(answers), function=function), Combination({}))
+
+
+_TINY = 1e-30  # answers of nothing but zeros: no division by it
+
+
+@dataclass(frozen=True)
+class _Rescaled:
+    """m * (phi * std(c) / std(m) + 1 - phi), m = w c + (1 - w) n; standard deviations of whole samples."""
+
+    w: float
+    phi: float
+
+    def __call__(self, G):
+        N, c, n = G[:, 0, 0], G[:, 1], G[:, 2]
+        m = torch.lerp(n, c, self.w)  # [B,3]: <m, 1>, <m, c>, <m, n>
+        m_m = torch.lerp(m[:, 2], m[:, 1], self.w)
+        ratio = (c[:, 1] - c[:, 0] ** 2 / N).clamp(min=0) / (m_m - m[:, 0] ** 2 / N).clamp(min=_TINY)  # of variances
+        factor = self.phi * ratio.sqrt() + (1 - self.phi)  # [B]
+        return torch.stack((self.w * factor, (1 - self.w) * factor), 1)
+
+
+@dataclass(frozen=True)
+class _ZeroStar:
+    """w c + (1 - w) a n, a = <c, n> / |n|^2."""
+
+    w: float
+
+    def __call__(self, G):
+        a = G[:, 1, 2] / (G[:, 2, 2] + 1e-8)  # [B]
+        return torch.stack((torch.full_like(a, self.w), (1 - self.w) * a), 1)
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """c + (w - 1) k (d - (1 - eta) <d, c> / |c|^2 c), d = c - n + momentum * (d before), k shortens it."""
+
+    w: float
+    apg: APG
+
+    def __call__(self, G):
+        momentum = self.apg.momentum
+        d = G[:, 1] - G[:, 2]  # [B,n+1]: <d, 1>, <d, c>, <d, n>, ..
+        d_d = d[:, 1] - d[:, 2]
+        if G.shape[1] == 4:
+            d = d + momentum * G[:, 3]
+            d_d = d[:, 1] - d[:, 2] + momentum * d[:, 3]
+        along = (1 - self.apg.eta) * d[:, 1] / G[:, 1, 1].clamp(min=_TINY)
+        s = torch.full_like(along, self.w - 1)  # [B]
+        if self.apg.threshold > 0:
+            s = s * (self.apg.threshold / d_d.clamp(min=_TINY).sqrt()).clamp(max=1)
+        return torch.stack((1 + s - s * along, -s, momentum * s)[: G.shape[1] - 1], 1)
+
+
+@dataclass(frozen=True)
+class _PerToken:
+    """The plain mix with the conditional answer's norm in every token of p x p places, or of a state of tokens."""
+
+    w: float
+    p: int
+
+    def __call__(self, cond, null):
+        patch = (1,) * (cond.dim() - 4) + (self.p, self.p)
+        c, n = (x if x.dim() == 3 else patchify(x, patch) for x in (cond, null))  # [B,S,D]
+        G = gram((c.flatten(0, 1), n.flatten(0, 1)))  # [B*S,3,3]
+        m = torch.lerp(G[:, 2], G[:, 1], self.w)
+        m_m = torch.lerp(m[:, 2], m[:, 1], self.w)
+        ratio = (G[:, 1, 1] / m_m.clamp(min=_TINY)).sqrt()  # [B*S]
+        weights = torch.stack((self.w * ratio, (1 - self.w) * ratio), 1)[:, None]
+        work = torch.promote_types(c.dtype, torch.float32)
+        m, = sampler_step((c.flatten(0, 1), n.flatten(0, 1)), weights.to(work), out_dtypes=(work,))
+        m = m.view(c.shape)
+        if cond.dim() == 3:
+            return m
+        grid = [size // side for size, side in zip(cond.shape[2:], patch, strict=True)]
+        return unpatchify(m, patch, grid, order="cpq")  # [B,C,H,W]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,12 @@
             yield x                             # the state after this step
 
 A method is a generator. x is a `Combination`; so are the prediction's forms m.x0, m.eps, m.flow, m.score, what
-`yield NOISE` gives, and what `yield Nonlinear(function, x, ...)` gives, which is function(tensor, ...). `record` runs
+`yield NOISE` gives, what `yield Weights(function, x, ...)` gives, which are w_j * x_j with weights that depend on norms
+and inner products, and what `yield Nonlinear(function, x, ...)` gives, which is function(tensor, ...). `record` runs
 the method once, before any tensor is there, and returns the `Program` of it.
+
+Functions of one value are one recorded graph (see `difuse.Graphs`): what changes from step to step belongs into
+coefficients, not into them.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +22,7 @@ import torch
 
 from difuse.diffusion.node import Node
 from difuse.diffusion.parameterizations import coefficients
-from difuse.diffusion.program import Apply, Call, Combination, Done, Draw, Program, Recorder, number
+from difuse.diffusion.program import Apply, Call, Combination, Done, Draw, Program, Recorder, Weigh, number
 
 steps_of = pairwise  # (t, s) of every step: where it starts and where it ends
 
@@ -29,6 +33,13 @@ class Predict:
 
     x: Combination
     node: Node
+
+
+class Weights:
+    """Ask for [w_j * input_j], w = function(G) [B,J], G being the inputs' `gram`, of each sample."""
+
+    def __init__(self, function: Callable, *inputs):
+        self.function, self.inputs = function, inputs
 
 
 class Nonlinear:
@@ -57,13 +68,13 @@ class Prediction:
     score = property(lambda self: self._as("score"))
 
 
-def record(method, path, prediction, guidance, *, prior=1.0, labels=None, given=(), preview=False):
+def record(method, path, prediction, guidance, *, prior=1.0, labels=None, given=(), clip=None, preview=False):
     """The `Program` of a method, a generator function of (x, path), on the nodes of `path`, noise first.
 
     prior: the state at its start is prior * (the noise, tensor 0). guidance: a `Guidance`, which says what the model is
     asked for at each step and how its answers make one. labels: for a classifier in it. given: of "image", "mask", in
-    this order: tensors 1 and 2. The state starts from the image with noise; where the mask is 0, it stays so. preview:
-    the end of each step knows the last x0.
+    this order: tensors 1 and 2. The state starts from the image with noise; where the mask is 0, it stays so. clip: a
+    function of each predicted x0, what it returns taking its place. preview: the end of each step knows the last x0.
     """
     recorder, step, memory = Recorder(), 0, {"labels": labels}
     noise, *given = [recorder.tensor() for _ in range(1 + len(given))]
@@ -78,6 +89,8 @@ def record(method, path, prediction, guidance, *, prior=1.0, labels=None, given=
         answer = None
         if request is NOISE:
             answer, = recorder.add(Draw)
+        elif isinstance(request, Weights):
+            answer = recorder.add(Weigh, *request.inputs, results=len(request.inputs), function=request.function)
         elif isinstance(request, Nonlinear):
             answer, = recorder.add(Apply, *request.inputs, function=request.function)
         elif isinstance(request, Predict):
@@ -88,27 +101,21 @@ def record(method, path, prediction, guidance, *, prior=1.0, labels=None, given=
                                               sources=sources)
             m = guidance.mixed(recorder, outputs, x, request.node, prediction, step, len(path) - 1, memory)
             answer = Prediction(request.x, m, request.node, prediction, variance)
+            if clip:
+                x0, = recorder.add(Apply, answer.x0, function=clip)
+                answer = Prediction(request.x, x0, request.node, "x0", variance)
             x0 = answer.x0 if preview else None
         else:
             step += 1
             recorder.write([request, *_alive(running), *_combinations([memory, x0])])
             if len(given) == 2:
-                kept = recorder.add(Apply, request, *given, noise, function=Masked(path[step]))
-                request.terms = kept[0].terms
+                image, mask = given
+                known = path[step].alpha * image + path[step].sigma * noise
+                kept, = recorder.add(Apply, known, request, mask, function=torch.lerp)  # the state where the mask is 1
+                request.terms = kept.terms
             recorder.add(Done, request, *_combinations([x0]), results=0, step=step - 1)
             x = request
     return Program(recorder.instructions, [number(x)])
-
-
-@dataclass(frozen=True)
-class Masked:
-    """x where the mask is 1, the image with this node's noise where it is 0."""
-
-    node: Node
-
-    def __call__(self, x, image, mask, noise):
-        known = self.node.alpha * image + self.node.sigma * noise  # [B,C,H,W]
-        return torch.lerp(known, x, mask)
 
 
 def _alive(running):

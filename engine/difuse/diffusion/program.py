@@ -2,17 +2,19 @@
 
 A method computes with `Combination`s, sums of tensors that do not exist yet, in float64. `Recorder.write` turns those
 that must become tensors into one `Map`, which is one call of `sampler_step`: guidance, conversions of the prediction,
-a solver's history and its noise are columns of one matrix, whatever the method. Operations that are not linear are
-`Apply` instructions on tensors. Every tensor has a number of its own and is written once; `Program` drops what nobody
-reads and knows when each tensor is read last.
+a solver's history and its noise are columns of one matrix, whatever the method. Where coefficients depend on norms and
+inner products of the tensors, `Weigh` finds them, sample by sample, in one pass of `gram`. Operations that are not even
+that are `Apply` instructions on tensors. Every tensor has a number of its own and is written once; `Program` drops what
+nobody reads and knows when each tensor is read last.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from difuse_kernels import sampler_step
+from difuse_kernels import gram, sampler_step
 
 _MAX_INPUTS, _MAX_OUTPUTS = 8, 4  # of one sampler_step
 
@@ -59,6 +61,15 @@ class Map:
 
 
 @dataclass(frozen=True, eq=False)
+class Weigh:
+    """outputs_j = w_j * inputs_j, w = function(G) [B,J] of the inputs' `gram`; not written, see `Weighted`."""
+
+    inputs: tuple
+    outputs: tuple
+    function: Callable
+
+
+@dataclass(frozen=True, eq=False)
 class Call:
     """The model on inputs[0] at `node`, once for each of `sources`, which guidance mixes; see guidance.py."""
 
@@ -99,7 +110,7 @@ class Recorder:
     """Collects instructions."""
 
     def __init__(self):
-        self.instructions, self._count = [], 0
+        self.instructions, self._count, self._weighted = [], 0, {}  # {weighted tensor: the tensor}
 
     def tensor(self):
         """A new tensor, as a combination of itself."""
@@ -111,6 +122,8 @@ class Recorder:
         self.write(inputs)
         outputs = [self.tensor() for _ in range(results)]
         self.instructions.append(kind(inputs=tuple(map(number, inputs)), outputs=tuple(map(number, outputs)), **fields))
+        if kind is Weigh:
+            self._weighted |= zip(self.instructions[-1].outputs, self.instructions[-1].inputs, strict=True)
         return outputs
 
     def write(self, combinations):
@@ -120,7 +133,7 @@ class Recorder:
             terms = {tensor: c for tensor, c in combination.terms.items() if c != 0}
             if not np.isfinite(list(terms.values())).all():
                 raise ValueError(f"the coefficients of a step are {list(terms.values())}; expected finite numbers")
-            if not terms or list(terms.values()) == [1.0]:
+            if not terms or (list(terms.values()) == [1.0] and not terms.keys() & self._weighted):
                 combination.terms = terms
             else:
                 rows.setdefault(tuple(sorted(terms.items())), []).append(combination)
@@ -128,8 +141,9 @@ class Recorder:
         while pending:
             part, pending = pending[:_MAX_OUTPUTS], pending[_MAX_OUTPUTS:]
             inputs = sorted({tensor for terms, _ in part for tensor, _ in terms})
-            if len(inputs) > _MAX_INPUTS:
-                raise ValueError(f"a step reads {len(inputs)} tensors at once; expected at most {_MAX_INPUTS}")
+            width = len({self._weighted.get(tensor, tensor) for tensor in inputs})
+            if width > _MAX_INPUTS:
+                raise ValueError(f"a step reads {width} tensors at once; expected at most {_MAX_INPUTS}")
             outputs = [self.tensor() for _ in part]
             coefficients = np.array([[dict(terms).get(tensor, 0.0) for tensor in inputs] for terms, _ in part])
             self.instructions.append(Map(tuple(inputs), tuple(map(number, outputs)), coefficients))
@@ -141,7 +155,8 @@ class Recorder:
 def number(combination):
     """The number of the one tensor that this is."""
     if len(combination.terms) != 1:
-        raise ValueError("a step's state is 0 whatever the model says; expected a coefficient that is not")
+        raise ValueError("a step's state, or what it needs the norm of, is 0 whatever the model says; expected a "
+                         "coefficient that is not")
     return next(iter(combination.terms))
 
 
@@ -153,7 +168,7 @@ class Program:
         for instruction in reversed(instructions):
             if isinstance(instruction, Map):
                 instruction = _pruned(instruction, needed)
-            elif isinstance(instruction, (Draw, Apply)) and not needed & set(instruction.outputs):
+            elif isinstance(instruction, (Draw, Weigh, Apply)) and not needed & set(instruction.outputs):
                 instruction = None
             if instruction is not None:
                 needed -= set(instruction.outputs)
@@ -210,10 +225,35 @@ class Segment:
         names = {}
         for tensor in (*self.reads, *(tensor for each in self.instructions for tensor in each.outputs)):
             names.setdefault(tensor, len(names))
-        self.structure = tuple((type(each).__name__, *(tuple(names[tensor] for tensor in side)
-                                                       for side in (each.inputs, each.outputs)),
-                                getattr(each, "sources", None)) for each in self.instructions), tuple(
-                                    names[tensor] for tensor in self.writes)
+        self.structure = (tuple(names[tensor] for tensor in self.writes),
+                          *((type(each).__name__, tuple(names[tensor] for tensor in each.inputs),
+                             tuple(names[tensor] for tensor in each.outputs), getattr(each, "sources", None),
+                             getattr(each, "function", None)) for each in self.instructions))
+
+
+class Weighted(NamedTuple):
+    """weight [B] times tensor [B,...], never written: maps read the tensor and multiply its column."""
+
+    tensor: torch.Tensor
+    weight: torch.Tensor
+
+
+def weigh(function, inputs):
+    """What a `Weigh` gives: the inputs, each `Weighted`."""
+    return [Weighted(*pair) for pair in zip(inputs, function(gram(inputs)).unbind(1), strict=True)]
+
+
+def mapped(inputs, coefficients, dtype):
+    """What a `Map` gives: one sampler_step of these tensors, or `Weighted` ones, with coefficients [I,J]."""
+    if any(type(x) is Weighted for x in inputs):
+        columns = {}  # id of a tensor -> the tensor, its coefficients [I] or [B,I]
+        for x, column in zip(inputs, coefficients.unbind(1), strict=True):
+            if type(x) is Weighted:
+                x, column = x.tensor, x.weight.to(column.dtype)[:, None] * column
+            columns[id(x)] = (x, columns[id(x)][1] + column) if id(x) in columns else (x, column)
+        inputs, columns = zip(*columns.values(), strict=True)
+        coefficients = torch.stack(torch.broadcast_tensors(*columns), -1)  # [B,I,J]
+    return sampler_step(inputs, coefficients, out_dtypes=(dtype,) * coefficients.shape[-2])
 
 
 def to_device(tensor, device):
@@ -254,10 +294,11 @@ class Run:
             if kind is Call:
                 return instruction, inputs[0]
             if kind is Map:
-                self.give(sampler_step(inputs, self._tables[self._at],
-                                       out_dtypes=(self.x.dtype,) * len(instruction.outputs)))
+                self.give(mapped(inputs, self._tables[self._at], self.x.dtype))
             elif kind is Draw:
                 self.give((self._draw(),))
+            elif kind is Weigh:
+                self.give(weigh(instruction.function, inputs))
             elif kind is Apply:
                 self.give((instruction.function(*inputs),))
             elif self._finished(instruction, *inputs):

@@ -1,7 +1,7 @@
 """From noise to images. One function per method, one signature for all:
 
     sampler(model, noise, *, process, steps, prediction, labels=None, guidance=1.0, spacing=None, generators=None,
-            image=None, strength=1.0, mask=None, callback=None, graphs=None, **options)
+            clip=None, image=None, strength=1.0, mask=None, callback=None, graphs=None, **options)
 
 model       called as model(x [B,C,H,W], t [B], labels [B]), or model(x, t) without labels; returns the prediction
             [B,C,H,W], or [B,2C,H,W] with a learned sigma, which only ddpm(variance="learned") uses. A frozen model,
@@ -13,6 +13,7 @@ prediction  what the model predicts: "eps", "x0", "v", "flow", "score" or "edm"
 labels      int64 [B], or None for a model without classes
 guidance    classifier-free guidance w, which needs labels and `model.num_classes`, the null class; or a `Guidance`
 spacing     of the times, see grids.py; None for the process's own
+clip        each predicted x0 is kept within bounds: a number, from -it to it; `Clamp`, `Threshold`; see clipping.py
 image       float32 [B,C,H,W] to start from: with `strength` < 1 the last part of the steps, from the image with noise
             (SDEdit, arXiv:2108.01073); with `mask` float32 [B,C,H,W], 1 where the image is to change, all of them, the
             rest being put back after each (RePaint's line, arXiv:2201.09865)
@@ -34,6 +35,7 @@ import inspect
 
 import torch
 
+from difuse.diffusion.clipping import clipping
 from difuse.diffusion.grids import part_of, path
 from difuse.diffusion.guidance import Guidance
 from difuse.diffusion.method import record
@@ -41,8 +43,7 @@ from difuse.diffusion.methods import ancestral, dpm_solver, euler, multistep, sd
 from difuse.diffusion.model_calls import ModelCalls, not_finite
 from difuse.diffusion.parameterizations import PREDICTIONS
 from difuse.diffusion.processes import EDM, PROCESSES, VESDE, VP, VPSDE, Flow, SubVPSDE
-from difuse.diffusion.program import Apply, Call, Draw, Map, Run, to_device
-from difuse_kernels import sampler_step
+from difuse.diffusion.program import Apply, Call, Draw, Map, Run, Weigh, mapped, to_device, weigh
 
 _PRESERVING = (VP, VPSDE, SubVPSDE)
 _ANY = tuple(PROCESSES.values())
@@ -69,8 +70,8 @@ class Sampler:
         """Whether the method is one for this process."""
         return isinstance(process, self._kinds)
 
-    def program(self, process, steps, prediction, guidance=1.0, *, spacing=None, labels=None, given=0, strength=1.0,
-                preview=False, **options):
+    def program(self, process, steps, prediction, guidance=1.0, *, spacing=None, clip=None, labels=None, given=0,
+                strength=1.0, preview=False, **options):
         """The `Program` of a whole trajectory. Raises ValueError or TypeError for what does not fit together.
 
         given: 0, 1 for an image or 2 for an image and a mask.
@@ -97,7 +98,7 @@ class Sampler:
         try:
             if isinstance(steps, list) or (isinstance(steps, torch.Tensor) and steps.dim() == 1):
                 steps = tuple(steps.tolist() if isinstance(steps, torch.Tensor) else steps)  # kept: it cannot change
-            settings = process, steps, prediction, guidance, spacing
+            settings = process, steps, prediction, guidance, spacing, clipping(clip)
             if guidance.classifier or guidance.skip or guidance.weak:  # nothing that holds a model is kept
                 return self._record(*settings, labels, given, strength, preview, **options)
             return self._recorded(*settings, None, given, strength, preview, **options)
@@ -110,20 +111,21 @@ class Sampler:
                                    "e.g. 'log_snr', or another method, e.g. unipc")
             raise ValueError(f"{self.name}: {error}") from None
 
-    def _record(self, process, steps, prediction, guidance, spacing, labels, given, strength, preview, **options):
+    def _record(self, process, steps, prediction, guidance, spacing, clip, labels, given, strength, preview, **options):
         if self._asks_process:
             options["process"] = process
         nodes = path(process, list(steps) if isinstance(steps, tuple) else steps, spacing)
         nodes = nodes[part_of(1 - strength, len(nodes) - 1) :]  # at least one step, the last
         prior = 1.0 if process.prior == 1 else nodes[0].sigma
         program = record(functools.partial(self._method, **options), nodes, prediction, guidance, prior=prior,
-                         labels=labels, given=("image", "mask")[:given], preview=preview)
+                         labels=labels, given=("image", "mask")[:given], clip=clip, preview=preview)
         program.integer_times = process.model_times == torch.int64
         return program
 
     @torch.no_grad()
     def __call__(self, model, noise, *, process, steps, prediction, labels=None, guidance=1.0, spacing=None,
-                 generators=None, image=None, strength=1.0, mask=None, callback=None, graphs=None, **options):
+                 generators=None, clip=None, image=None, strength=1.0, mask=None, callback=None, graphs=None,
+                 **options):
         if not isinstance(noise, torch.Tensor) or noise.dtype != torch.float32:
             got = noise.dtype if isinstance(noise, torch.Tensor) else type(noise).__name__
             raise TypeError(f"{self.name}: noise is {got}; expected a float32 tensor [B,C,H,W], see initial_noise")
@@ -132,8 +134,11 @@ class Sampler:
         given = _images(self.name, noise, image, strength, mask)
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
+        if guidance.per_token and any(size % guidance.per_token for size in noise.shape[2:][-2:] if noise.dim() > 3):
+            raise ValueError(f"{self.name}: guidance per_token is {guidance.per_token} and noise has shape "
+                             f"{tuple(noise.shape)}; expected sides that tokens of that side divide")
         there = labels.to(noise.device) if isinstance(labels, torch.Tensor) else labels
-        program = self.program(process, steps, prediction, guidance, spacing=spacing, labels=there,
+        program = self.program(process, steps, prediction, guidance, spacing=spacing, clip=clip, labels=there,
                                given=len(given), strength=strength, preview=isinstance(callback, Previews), **options)
         if program.draws and (generators is None or len(generators) != len(noise)):
             raise ValueError(f"{self.name}: got {'no' if generators is None else len(generators)} generators for "
@@ -163,13 +168,10 @@ def integrate(program, calls, tensors, draw, callback=None):
 
 def replay(program, calls, tensors, draw, callback, graphs):
     """`integrate`, each step a recorded graph: steps of one structure are one graph with other numbers in it."""
-    if any(isinstance(each, Apply) for each in program.instructions):
-        raise ValueError(f"{calls.sampler}: these steps are not linear and cannot be replayed with other numbers; "
-                         "expected graphs=None with a learned variance, Langevin steps, a mask, a classifier and "
-                         "guidance that needs norms")
-    if calls.guidance.skip or calls.guidance.weak or isinstance(callback, Previews):
+    guidance = calls.guidance
+    if guidance.skip or guidance.weak or guidance.classifier or isinstance(callback, Previews):
         raise ValueError(f"{calls.sampler}: graphs know one model's weights and hand out states; expected graphs=None "
-                         "with Previews, skip or weak")
+                         "with Previews, skip, weak or a classifier")
     known, tables = dict(enumerate(tensors)), program.tables(tensors[0].device)
     times = iter(calls.times.to(tensors[0].device))
     for segment in program.segments():
@@ -197,7 +199,11 @@ def _advance(segment, calls, *inputs):
     for each in segment.instructions:
         given = [here[tensor] for tensor in each.inputs]
         if isinstance(each, Map):
-            results = sampler_step(given, next(numbers), out_dtypes=(torch.float32,) * len(each.outputs))
+            results = mapped(given, next(numbers), torch.float32)
+        elif isinstance(each, Weigh):
+            results = weigh(each.function, given)
+        elif isinstance(each, Apply):
+            results = [each.function(*given)]
         elif isinstance(each, Call):
             results = calls.answers(each, given[0], next(numbers), labels, null)
             answers += results[:-1]

@@ -17,10 +17,11 @@ def sample(model, labels, *, process, prediction, sampler="ddim", steps=50, guid
     model: as `difuse.models.DiT`, with `config["in_channels"]`, `config["input_size"]` and `num_classes`; it runs in
     eval mode and goes back to the mode it was in. labels: int64 [N] or a list of ints. process, prediction: what it
     was trained with. sampler: a name of `difuse.diffusion.SAMPLERS`; steps, guidance, spacing, image, strength, mask
-    and options are its own, see difuse/diffusion/samplers.py. seeds: one integer per image (default 0, 1, 2, ...); an
-    image depends on its seed and label, not on batch_size. progress shows a bar of steps. callback(step, x) is called
-    after every step of every batch. graphs: a `difuse.Graphs`, on a GPU, records each step once and replays it: the
-    same images, and the host is free meanwhile. Raises ValueError or TypeError for what does not fit.
+    and options, clip among them, are its own, see difuse/diffusion/samplers.py. seeds: one integer per image (default
+    0, 1, 2, ...); an image depends on its seed and label, not on batch_size. progress shows a bar of steps.
+    callback(step, x) is called after every step of every batch. graphs: a `difuse.Graphs`, on a GPU, records each step
+    once and replays it: the same images, and the host is free meanwhile. Raises ValueError or TypeError for what does
+    not fit.
     """
     method = find_sampler(sampler)
     device = next(model.parameters()).device

@@ -1,5 +1,5 @@
 """Chains: DDPM and DDIM, and few-step samplers of distilled models, which predict the data and add noise again."""
-from math import log, sqrt
+from math import exp, log, sqrt
 
 from difuse.diffusion.method import NOISE, Nonlinear, Predict, steps_of
 
@@ -22,21 +22,15 @@ def ddpm(x, path, *, variance="small"):
         if beta_tilde > 0:
             z = yield NOISE
             if variance == "learned":
-                z = yield Nonlinear(_Interpolated(log(beta_tilde), log(beta)), z, m.variance)
-                x = x + z
+                low, high = log(beta_tilde), log(beta)  # ln std = f/2 high + (1 - f)/2 low, f = (v + 1) / 2
+                x = x + exp((high + low) / 4) * (yield Nonlinear(_times_exp, z, (high - low) / 4 * m.variance))
             else:
                 x = x + sqrt(beta if variance == "large" else beta_tilde) * z
         yield x
 
 
-class _Interpolated:
-    """z * exp(f/2 * ln beta + (1 - f)/2 * ln beta_tilde), f = (v + 1) / 2 of the network's v in [-1, 1]."""
-
-    def __init__(self, low, high):
-        self.low, self.high = low, high
-
-    def __call__(self, z, v):
-        return z * ((self.high - self.low) / 4 * v.to(z.dtype) + (self.high + self.low) / 4).exp_()
+def _times_exp(z, v):
+    return z * v.exp()
 
 
 def ddim(x, path, *, eta=0.0):

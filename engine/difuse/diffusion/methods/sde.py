@@ -1,7 +1,10 @@
 """The reverse SDE in discrete steps, Song et al. 2021 (arXiv:2011.13456): predictor, and corrector by Langevin."""
+from dataclasses import dataclass
 from math import sqrt
 
-from difuse.diffusion.method import NOISE, Nonlinear, Predict, steps_of
+import torch
+
+from difuse.diffusion.method import NOISE, Predict, Weights, steps_of
 
 
 def _reverse(x, score, t, s):
@@ -37,19 +40,18 @@ def predictor_corrector(x, path, *, snr=0.16, corrections=1):
             x = x + std * (yield NOISE)
             for _ in range(corrections):
                 m = yield Predict(x, s)
-                score = m.score
-                x = yield Nonlinear(_Langevin(snr, (t.alpha / s.alpha) ** 2), x, score, (yield NOISE))
+                alpha_ts = t.alpha / s.alpha
+                e_score, root_z = yield Weights(_Langevin(snr), m.score, (yield NOISE))
+                x = x + alpha_ts**2 * e_score + alpha_ts * root_z
         yield x
 
 
+@dataclass(frozen=True)
 class _Langevin:
-    """x + e * score + sqrt(2 e) * z, e = 2 a (snr |z| / |score|)^2 of each sample."""
+    """The weights e and sqrt(2 e) of the score and z, e = 2 (snr |z| / |score|)^2 of each sample."""
 
-    def __init__(self, snr, a):
-        self.snr, self.a = snr, a
+    snr: float
 
-    def __call__(self, x, score, z):
-        over = tuple(range(1, x.dim()))
-        step = 2 * self.a * (self.snr * z.square().sum(over, keepdim=True).sqrt()
-                             / score.square().sum(over, keepdim=True).sqrt()) ** 2  # [B,1,1,1]
-        return x + step * score + (2 * step).sqrt() * z
+    def __call__(self, G):
+        e = 2 * self.snr**2 * G[:, 2, 2] / G[:, 1, 1]  # [B]
+        return torch.stack((e, (2 * e).sqrt()), 1)
