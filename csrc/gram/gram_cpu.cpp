@@ -27,9 +27,11 @@ vd load_double(const float* p) {
 }
 
 double hsum(vd v) {
-  double sum = 0;
-  for (int lane = 0; lane < HALF; ++lane) sum += v[lane];
-  return sum;
+  double lanes[HALF];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = HALF / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
 }
 
 // The sums and inner products of a block of n inputs, a vector of partial sums each: x_1, x_1 x_1, x_1 x_2, .. x_2, ..
@@ -102,17 +104,18 @@ void gram(const TensorList& inputs, const Tensor& G) {
   int64_t elements = x ? 1 : 0;
   for (int d = 1; d < x.ndim; ++d) elements *= x.size[d];
   const int64_t chunks = (elements + kChunk - 1) / kChunk;
-  const Scratch scratch(2 * B * chunks * entries);
-  double* found = reinterpret_cast<double*>(scratch.data);  // [B,chunks,n+1,n+1]
+  double* to = reinterpret_cast<double*>(G.data);
+  const Scratch scratch(chunks == 1 ? 0 : 2 * B * chunks * entries);
+  double* found = chunks == 1 ? to : reinterpret_cast<double*>(scratch.data);  // [B,chunks,n+1,n+1]
   parallel_for(B * chunks, (elements < kChunk ? elements : kChunk) * (inputs.n + 1) / 2 + 1, [&](int64_t i) {
     const int64_t begin = i % chunks * kChunk;
     task(found + i * entries, inputs, i / chunks, begin, begin + kChunk < elements ? begin + kChunk : elements);
   });
-  for (int64_t i = 0; i < B * entries; ++i) {
+  for (int64_t i = 0; i < B * entries && chunks != 1; ++i) {
     const double* from = found + i / entries * chunks * entries + i % entries;
     double total = 0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) total += from[chunk * entries];
-    reinterpret_cast<double*>(G.data)[i] = total;
+    to[i] = total;
   }
 }
 

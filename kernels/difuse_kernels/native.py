@@ -9,7 +9,7 @@ import os
 
 import torch  # first, so that its OpenMP runtime is in the process
 
-from difuse_kernels.checks import why_not_dense
+from difuse_kernels.checks import KERNEL_DTYPES, why_not_dense
 
 ext = None  # the module, or None
 _missing = None  # why there is none
@@ -31,9 +31,17 @@ def missing():
 
 def unsupported(inputs):
     """What the CPU kernels refuse in any op: another device, another dtype, a strided last dimension."""
-    for tensor in inputs:
+    for tensor in inputs:  # once, and in line: every microsecond here is one of every call
+        if tensor is not None and not (tensor.dtype in KERNEL_DTYPES and tensor.is_cpu
+                                       and (tensor.is_contiguous() or tensor.stride()[-1] == 1)):
+            return _why_not(inputs)
+    return None
+
+
+def _why_not(inputs):
+    for position, tensor in enumerate(inputs):
         if tensor is not None and not tensor.is_cpu:
-            return f"input {next(i for i, other in enumerate(inputs) if other is tensor)} is on {tensor.device.type}"
+            return f"input {position} is on {tensor.device.type}"
     return why_not_dense(inputs)
 
 

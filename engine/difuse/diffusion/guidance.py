@@ -145,7 +145,7 @@ class APG:
 
 
 def _weighed(recorder, function, *answers):
-    """The sum of these answers with the weights function(G) [B,J], G being their `gram`: of 1, c, n, .."""
+    """The sum of these answers with the weights that function(G) returns, see `Weigh`; G is of 1, c, n, .."""
     return sum(recorder.add(Weigh, *answers, results=len(answers), function=function), Combination({}))
 
 
@@ -161,11 +161,11 @@ class _Rescaled:
 
     def __call__(self, G):
         N, c, n = G[:, 0, 0], G[:, 1], G[:, 2]
-        m = torch.lerp(n, c, self.w)  # [B,3]: <m, 1>, <m, c>, <m, n>
-        m_m = torch.lerp(m[:, 2], m[:, 1], self.w)
-        ratio = (c[:, 1] - c[:, 0] ** 2 / N).clamp(min=0) / (m_m - m[:, 0] ** 2 / N).clamp(min=_TINY)  # of variances
-        factor = self.phi * ratio.sqrt() + (1 - self.phi)  # [B]
-        return torch.stack((self.w * factor, (1 - self.w) * factor), 1)
+        m = self.w * c + (1 - self.w) * n  # [B,3]: <m, 1>, <m, c>, <m, n>
+        m_m = self.w * m[:, 1] + (1 - self.w) * m[:, 2]
+        ratio = (c[:, 1] - c[:, 0] ** 2 / N).clip(min=0) / (m_m - m[:, 0] ** 2 / N).clip(min=_TINY)  # of variances
+        factor = self.phi * ratio**0.5 + (1 - self.phi)  # [B]
+        return self.w * factor, (1 - self.w) * factor
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class _ZeroStar:
 
     def __call__(self, G):
         a = G[:, 1, 2] / (G[:, 2, 2] + 1e-8)  # [B]
-        return torch.stack((torch.full_like(a, self.w), (1 - self.w) * a), 1)
+        return float(self.w), (1 - self.w) * a
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ class _Projected:
         if G.shape[1] == 4:
             d = d + momentum * G[:, 3]
             d_d = d[:, 1] - d[:, 2] + momentum * d[:, 3]
-        along = (1 - self.apg.eta) * d[:, 1] / G[:, 1, 1].clamp(min=_TINY)
-        s = torch.full_like(along, self.w - 1)  # [B]
+        along = (1 - self.apg.eta) * d[:, 1] / G[:, 1, 1].clip(min=_TINY)  # [B]
+        s = float(self.w - 1)
         if self.apg.threshold > 0:
-            s = s * (self.apg.threshold / d_d.clamp(min=_TINY).sqrt()).clamp(max=1)
-        return torch.stack((1 + s - s * along, -s, momentum * s)[: G.shape[1] - 1], 1)
+            s = s * (self.apg.threshold / d_d.clip(min=_TINY) ** 0.5).clip(max=1)  # [B]
+        return (1 + s - s * along, -s, momentum * s)[: G.shape[1] - 1]
 
 
 @dataclass(frozen=True)

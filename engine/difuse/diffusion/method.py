@@ -36,7 +36,7 @@ class Predict:
 
 
 class Weights:
-    """Ask for [w_j * input_j], w = function(G) [B,J], G being the inputs' `gram`, of each sample."""
+    """Ask for [w_j * input_j] with weights of each sample, function(G), G being the inputs' `gram`; see `Weigh`."""
 
     def __init__(self, function: Callable, *inputs):
         self.function, self.inputs = function, inputs

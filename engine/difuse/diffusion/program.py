@@ -62,7 +62,11 @@ class Map:
 
 @dataclass(frozen=True, eq=False)
 class Weigh:
-    """outputs_j = w_j * inputs_j, w = function(G) [B,J] of the inputs' `gram`; not written, see `Weighted`."""
+    """outputs_j = w_j * inputs_j with weights of each sample; not written, see `Weighted`.
+
+    function(G [B,J+1,J+1]), of the inputs' `gram`, returns the J weights, [B] or float; G is of numpy on CPUs, so
+    that it computes with operators and methods that numpy and torch share.
+    """
 
     inputs: tuple
     outputs: tuple
@@ -232,28 +236,44 @@ class Segment:
 
 
 class Weighted(NamedTuple):
-    """weight [B] times tensor [B,...], never written: maps read the tensor and multiply its column."""
+    """weight, [B,1] or a number, times tensor [B,...], never written: maps read the tensor and multiply its column."""
 
     tensor: torch.Tensor
-    weight: torch.Tensor
+    weight: object
 
 
 def weigh(function, inputs):
     """What a `Weigh` gives: the inputs, each `Weighted`."""
-    return [Weighted(*pair) for pair in zip(inputs, function(gram(inputs)).unbind(1), strict=True)]
+    G = gram(inputs)  # [B,J+1,J+1]
+    if G.is_cpu:
+        G = G.numpy()  # a microsecond for what takes torch five
+    return [Weighted(x, w if isinstance(w, float) else w[:, None])
+            for x, w in zip(inputs, function(G), strict=True)]
 
 
 def mapped(inputs, coefficients, dtype):
     """What a `Map` gives: one sampler_step of these tensors, or `Weighted` ones, with coefficients [I,J]."""
-    if any(type(x) is Weighted for x in inputs):
-        columns = {}  # id of a tensor -> the tensor, its coefficients [I] or [B,I]
-        for x, column in zip(inputs, coefficients.unbind(1), strict=True):
-            if type(x) is Weighted:
-                x, column = x.tensor, x.weight.to(column.dtype)[:, None] * column
-            columns[id(x)] = (x, columns[id(x)][1] + column) if id(x) in columns else (x, column)
-        inputs, columns = zip(*columns.values(), strict=True)
-        coefficients = torch.stack(torch.broadcast_tensors(*columns), -1)  # [B,I,J]
+    for x in inputs:
+        if type(x) is Weighted:
+            inputs, coefficients = _unweighted(inputs, coefficients)
+            break
     return sampler_step(inputs, coefficients, out_dtypes=(dtype,) * coefficients.shape[-2])
+
+
+def _unweighted(inputs, coefficients):
+    """The tensors behind these inputs, each once, and their coefficients [B,I,J] for each sample."""
+    places = {}  # id of a tensor -> (its column, the tensor)
+    for x in inputs:
+        x = x.tensor if type(x) is Weighted else x
+        places.setdefault(id(x), (len(places), x))
+    tensors = [x for _, x in places.values()]
+    found = coefficients.new_zeros((len(tensors[0]), len(coefficients), len(tensors)))
+    table, to = (coefficients.numpy(), found.numpy()) if found.is_cpu else (coefficients, found)
+    for j, x in enumerate(inputs):
+        weighted = type(x) is Weighted
+        column, _ = places[id(x.tensor if weighted else x)]
+        to[:, :, column] += x.weight * table[:, j] if weighted else table[:, j]
+    return tensors, found
 
 
 def to_device(tensor, device):

@@ -14,13 +14,16 @@ class Launchers:
         """Why these inputs cannot run here, or None."""
         if inputs[0].dim() > 8:
             return "the inputs have more than 8 dimensions"
-        return self.machine.unsupported([x if x.stride(-1) == 1 else x[..., :1] for x in inputs])  # copied if need be
+        if self.machine.unsupported(inputs) is None:
+            return None
+        return self.machine.unsupported([x if x.stride(-1) == 1 else x[..., :1] for x in inputs])  # those are copied
 
     def gram_forward(self, inputs):
         """G [B,n+1,n+1], float64. Samples that are not dense are copied first."""
         B, n = len(inputs[0]), len(inputs)
         G = self.machine.empty((B, n + 1, n + 1), torch.float64, inputs[0])
-        self.ext.gram([x if x[:1].is_contiguous() else x.contiguous() for x in inputs], G.view(torch.int32))
+        dense = [x if x.is_contiguous() or x[:1].is_contiguous() else x.contiguous() for x in inputs]
+        self.ext.gram(dense, G.view(torch.int32))
         return G
 
     def gram_backward(self, grad, inputs, needs):

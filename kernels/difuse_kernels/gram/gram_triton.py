@@ -64,7 +64,7 @@ def unsupported(_op, inputs):
 def gram_forward(inputs):
     """G [B,n+1,n+1], float64."""
     (B, *shape), device, side = inputs[0].shape, inputs[0].device, len(inputs) + 1
-    inputs = tuple([x if x[:1].is_contiguous() else x.contiguous() for x in inputs])
+    inputs = tuple([x if x.is_contiguous() or x[:1].is_contiguous() else x.contiguous() for x in inputs])
     n = torch.Size(shape).numel()
     config, config_total = blocks(architecture(inputs[0]))
     count = triton.cdiv(n, config.BLOCK)

@@ -13,11 +13,13 @@ class Launchers:
 
     def unsupported(self, _op, inputs):
         """Why these inputs (the step's, then the coefficients and the noise) cannot run here, or None."""
-        *tensors, _ = inputs
+        tensors = inputs[:-1]
         if inputs[0].dim() > 8:
             return "the inputs have more than 8 dimensions"
         if tensors[-1].requires_grad and torch.is_grad_enabled():
             return "the coefficients need a gradient; .detach() them unless it is wanted"
+        if self.machine.unsupported(tensors) is None:
+            return None
         # strides are free here: a tensor with a strided last dimension is as good as its first column
         return self.machine.unsupported([x if x.stride(-1) == 1 else x[..., :1] for x in tensors])
 

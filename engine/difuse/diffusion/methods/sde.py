@@ -2,8 +2,6 @@
 from dataclasses import dataclass
 from math import sqrt
 
-import torch
-
 from difuse.diffusion.method import NOISE, Predict, Weights, steps_of
 
 
@@ -54,4 +52,4 @@ class _Langevin:
 
     def __call__(self, G):
         e = 2 * self.snr**2 * G[:, 2, 2] / G[:, 1, 1]  # [B]
-        return torch.stack((e, (2 * e).sqrt()), 1)
+        return e, (2 * e) ** 0.5
