@@ -2,6 +2,7 @@
 
 Without a GPU `record` is replaced by a stand-in that runs the function again: buffers, keys and refusals are the same.
 """
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -11,7 +12,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import difuse
-from difuse.diffusion import APG, SAMPLERS, VESDE, VP, Flow, Guidance, Threshold, ddim, initial_noise
+from difuse.diffusion import (
+    APG,
+    SAMPLERS,
+    VESDE,
+    VP,
+    Flow,
+    Guidance,
+    Previews,
+    Threshold,
+    ddim,
+    initial_noise,
+    skip_layers,
+)
 from difuse.inference import graphs as graphs_module
 from difuse.inference.sample import _Done
 from difuse.models import DiT
@@ -95,8 +108,44 @@ def test_langevin_steps_and_a_learned_variance_are_recorded(records):
 
 def test_a_classifier_is_not_recorded(model, records):
     guidance = Guidance(classifier=lambda x, t, labels: x.flatten(1).sum(1))
-    with pytest.raises(ValueError, match="ddim: graphs know one model's weights .*expected graphs=None"):
+    with pytest.raises(ValueError, match="ddim: a classifier's gradient .*expected graphs=None"):
         images(model, difuse.Graphs(), guidance=guidance)
+
+
+def test_other_models_are_recorded_and_known_by_their_weights(model, records):
+    weak = copy.deepcopy(model)
+    for parameter in weak.parameters():
+        parameter.data.mul_(0.9)
+    graphs = difuse.Graphs(keep=8)
+    for guidance in (Guidance(2.0, weak=weak), Guidance(1.5, skip=skip_layers(model, [1]), skip_scale=0.7)):
+        before = len(records)
+        for _ in range(2):
+            assert torch.equal(images(model, graphs, guidance=guidance), images(model, None, guidance=guidance))
+        assert len(records) == before + 1
+    guidance = Guidance(2.0, weak=weak)
+    images(model, graphs, guidance=guidance)
+    before = len(records)
+    first = next(weak.parameters())
+    first.data = first.data * 1.1  # elsewhere in memory: recorded anew
+    assert torch.equal(images(model, graphs, guidance=guidance), images(model, None, guidance=guidance))
+    assert len(records) == before + 1
+
+
+def test_callbacks_see_previews_and_replace_and_stop(model, records):
+    """As without graphs: the same states, the same x0, the same end."""
+    for name in ("ddim", "unipc", "heun"):
+        seen = []
+        for graphs in (None, difuse.Graphs(keep=8)):
+            seen.append([])
+
+            def callback(step, x, x0, found=seen[-1]):
+                found += [x, x0]
+                return False if step == 3 else x + 0.5 if step == 1 else None
+
+            seen[-1].append(images(model, graphs, sampler=name, steps=6, callback=Previews(callback)))
+        assert len(seen[0]) == len(seen[1]) == 9 and all(map(torch.equal, *seen)), name
+    with pytest.raises(ValueError, match=r"the callback returned torch.float32 \(1,\) as the state"):
+        images(model, difuse.Graphs(), callback=lambda step, x: x.new_zeros(1))
 
 
 def test_replayed_with_other_coefficients_labels_and_seeds(model, records):
@@ -197,13 +246,15 @@ def test_nothing_waits_inside_the_loop(records):
                 waits.seen.clear()
             steps.append(step)
 
-        for with_graphs in (None, graphs):
-            ddim(model, noise, process=VP("linear"), steps=4, prediction="eps", labels=labels, guidance=2.0, eta=0.5,
-                 generators=generators, callback=began, graphs=with_graphs)
-            assert not waits.seen
+        rules = dict(rescale=0.5), dict(zero_star=True), dict(per_token=2), dict(apg=APG(0.5, 1.0, -0.5))
+        for guidance in (2.0, *(Guidance(2.0, **rule) for rule in rules)):
+            for with_graphs in (None, graphs):
+                ddim(model, noise, process=VP("linear"), steps=4, prediction="eps", labels=labels, guidance=guidance,
+                     eta=0.5, generators=generators, clip=1.0, callback=began, graphs=with_graphs)
+                assert not waits.seen
         (labels[0] == 0).item()
         assert waits.seen  # the counter counts
-    assert steps == [0, 1, 2, 3] * 2
+    assert steps == [0, 1, 2, 3] * 10
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")

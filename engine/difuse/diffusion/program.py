@@ -209,7 +209,7 @@ class Program:
 
 
 class Segment:
-    """The instructions of a step, the tensors it reads, those that are there after it, the state first, its structure.
+    """The instructions of a step, the tensors it reads, those that are there after it, `Done`'s first, its structure.
 
     What an earlier step wrote and a later one needs passes through: it is read and written here too. Segments of one
     structure do the same to other tensors, at other times and with other coefficients.
@@ -224,8 +224,8 @@ class Segment:
             self.reads += [tensor for tensor in each.inputs if tensor not in written and tensor not in self.reads]
             written |= set(each.outputs)
         self.reads += sorted(before & later - set(self.reads))
-        state, *_ = self.instructions[-1].inputs
-        self.writes = [state, *sorted((written | before) & later - {state})]
+        done = self.instructions[-1].inputs
+        self.writes = [*dict.fromkeys(done), *sorted((written | before) & later - set(done))]
         names = {}
         for tensor in (*self.reads, *(tensor for each in self.instructions for tensor in each.outputs)):
             names.setdefault(tensor, len(names))
@@ -274,6 +274,14 @@ def _unweighted(inputs, coefficients):
         column, _ = places[id(x.tensor if weighted else x)]
         to[:, :, column] += x.weight * table[:, j] if weighted else table[:, j]
     return tensors, found
+
+
+def as_state(answer, x):
+    """What a callback returned to take the place of x, checked."""
+    if answer.shape != x.shape or answer.dtype != x.dtype:
+        raise ValueError(f"the callback returned {answer.dtype} {tuple(answer.shape)} as the state; expected {x.dtype} "
+                         f"{tuple(x.shape)}")
+    return answer
 
 
 def to_device(tensor, device):
@@ -339,9 +347,6 @@ class Run:
         self.x = x
         answer = None if self._done is None else self._done(done.step, x, *preview)
         if isinstance(answer, torch.Tensor):
-            if answer.shape != x.shape or answer.dtype != x.dtype:
-                raise ValueError(f"the callback returned {answer.dtype} {tuple(answer.shape)} as the state; expected "
-                                 f"{x.dtype} {tuple(x.shape)}")
-            self.x = self.tensors[done.inputs[0]] = answer
+            self.x = self.tensors[done.inputs[0]] = as_state(answer, x)
         self.give(())
         return answer is False

@@ -43,7 +43,7 @@ from difuse.diffusion.methods import ancestral, dpm_solver, euler, multistep, sd
 from difuse.diffusion.model_calls import ModelCalls, not_finite
 from difuse.diffusion.parameterizations import PREDICTIONS
 from difuse.diffusion.processes import EDM, PROCESSES, VESDE, VP, VPSDE, Flow, SubVPSDE
-from difuse.diffusion.program import Apply, Call, Draw, Map, Run, Weigh, mapped, to_device, weigh
+from difuse.diffusion.program import Apply, Call, Draw, Map, Run, Weigh, as_state, mapped, to_device, weigh
 
 _PRESERVING = (VP, VPSDE, SubVPSDE)
 _ANY = tuple(PROCESSES.values())
@@ -168,14 +168,14 @@ def integrate(program, calls, tensors, draw, callback=None):
 
 def replay(program, calls, tensors, draw, callback, graphs):
     """`integrate`, each step a recorded graph: steps of one structure are one graph with other numbers in it."""
-    guidance = calls.guidance
-    if guidance.skip or guidance.weak or guidance.classifier or isinstance(callback, Previews):
-        raise ValueError(f"{calls.sampler}: graphs know one model's weights and hand out states; expected graphs=None "
-                         "with Previews, skip, weak or a classifier")
+    if calls.guidance.classifier:
+        raise ValueError(f"{calls.sampler}: a classifier's gradient at another time is another graph at every step; "
+                         "expected graphs=None with it")
+    models = tuple({id(model): model for model in calls.models.values() if model is not None}.values())
     known, tables = dict(enumerate(tensors)), program.tables(tensors[0].device)
     times = iter(calls.times.to(tensors[0].device))
     for segment in program.segments():
-        step = graphs.bind(functools.partial(_advance, segment, calls), calls.models["cond"], segment.structure,
+        step = graphs.bind(functools.partial(_advance, segment, calls), models, segment.structure,
                            calls.guidance.passes)
         numbers = []  # what this step's instructions take beside tensors: a time, coefficients, noise
         for i, each in enumerate(segment.instructions, segment.first):
@@ -183,12 +183,17 @@ def replay(program, calls, tensors, draw, callback, graphs):
                         [draw()] if isinstance(each, Draw) else [])
         *states, bad = step(*(known[tensor] for tensor in segment.reads), calls.labels, calls.null, *numbers)
         known.update(zip(segment.writes, states, strict=True))
-        done = segment.instructions[-1].step
-        calls.finite.remember(done, bad.clone())
-        if callback is not None and callback(done, states[0].clone()) is not None:
-            raise ValueError(f"{calls.sampler}: the callback returned something; expected None with graphs")
+        done = segment.instructions[-1]
+        calls.finite.remember(done.step, bad.clone())
+        x, answer = known[done.inputs[0]], None
+        if callback is not None:
+            answer = callback(done.step, *(known[tensor].clone() for tensor in done.inputs))
+        if isinstance(answer, torch.Tensor):
+            x = known[done.inputs[0]] = as_state(answer, x)
+        if answer is False:
+            break
     calls.finite.finish()
-    return states[0].clone()
+    return x.clone()
 
 
 def _advance(segment, calls, *inputs):

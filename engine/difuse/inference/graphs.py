@@ -20,7 +20,7 @@ class Graphs:
     """Recorded steps, at most `keep` of them: the one used longest ago makes room for a new one.
 
     A step is recorded anew for another model, shape, dtype, autocast or `use_backend`, and where weights have moved to
-    other memory. It holds on to its model, and to the memory of one step. After a change that moves no weight, such as
+    other memory. It holds on to its models, and to the memory of one step. After a change that moves no weight, such as
     a new hook, another active adapter or other precision switches of torch, call `clear()`. The buffers are shared by
     all calls: use one Graphs from one thread and one stream at a time.
     """
@@ -38,17 +38,19 @@ class Graphs:
         """Forget every recorded step and give its memory back."""
         self._captured.clear()
 
-    def bind(self, step, model, *settings):
+    def bind(self, step, models, *settings):
         """`step` as a function that replays: step(*inputs) -> a tuple of tensors, inputs tensors or None.
 
-        Results are the graph's own buffers: the next call overwrites them. `settings`: what else `step` depends on.
+        Results are the graph's own buffers: the next call overwrites them. models: a tuple of those that `step` calls;
+        settings: what else it depends on.
         Raises ValueError for tensors that are not on a GPU, RuntimeError where the step cannot be recorded.
         """
-        weights = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
+        weights = [weight for model in models if isinstance(model, torch.nn.Module)
+                   for weight in (*model.parameters(), *model.buffers())]
         places = tuple([(weight.data_ptr(), weight.dtype, weight.shape, weight.stride()) for weight in weights])
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        training = getattr(model, "training", None)
-        surroundings = (id(model), places, autocast, training, forced_backend(), *settings)
+        identity = tuple([(id(model), getattr(model, "training", None)) for model in models])
+        surroundings = (identity, places, autocast, forced_backend(), *settings)
 
         def replayed(*inputs):
             key = surroundings, tuple([t if t is None else (t.shape, t.dtype, t.device) for t in inputs])
