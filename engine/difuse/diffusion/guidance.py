@@ -163,8 +163,8 @@ class _Rescaled:
         N, c, n = G[:, 0, 0], G[:, 1], G[:, 2]
         m = self.w * c + (1 - self.w) * n  # [B,3]: <m, 1>, <m, c>, <m, n>
         m_m = self.w * m[:, 1] + (1 - self.w) * m[:, 2]
-        ratio = (c[:, 1] - c[:, 0] ** 2 / N).clip(min=0) / (m_m - m[:, 0] ** 2 / N).clip(min=_TINY)  # of variances
-        factor = self.phi * ratio**0.5 + (1 - self.phi)  # [B]
+        var_c, var_m = abs(c[:, 1] - c[:, 0] ** 2 / N), abs(m_m - m[:, 0] ** 2 / N)  # abs: a rounding may be below 0
+        factor = self.phi * (var_c / (var_m + _TINY)) ** 0.5 + (1 - self.phi)  # [B]
         return self.w * factor, (1 - self.w) * factor
 
 
@@ -193,10 +193,10 @@ class _Projected:
         if G.shape[1] == 4:
             d = d + momentum * G[:, 3]
             d_d = d[:, 1] - d[:, 2] + momentum * d[:, 3]
-        along = (1 - self.apg.eta) * d[:, 1] / G[:, 1, 1].clip(min=_TINY)  # [B]
+        along = (1 - self.apg.eta) * d[:, 1] / (G[:, 1, 1] + _TINY)  # [B]
         s = float(self.w - 1)
         if self.apg.threshold > 0:
-            s = s * (self.apg.threshold / d_d.clip(min=_TINY) ** 0.5).clip(max=1)  # [B]
+            s = s * (self.apg.threshold / (abs(d_d) + _TINY) ** 0.5).clip(max=1)  # [B]
         return (1 + s - s * along, -s, momentum * s)[: G.shape[1] - 1]
 
 
@@ -213,7 +213,7 @@ class _PerToken:
         G = gram((c.flatten(0, 1), n.flatten(0, 1)))  # [B*S,3,3]
         m = torch.lerp(G[:, 2], G[:, 1], self.w)
         m_m = torch.lerp(m[:, 2], m[:, 1], self.w)
-        ratio = (G[:, 1, 1] / m_m.clamp(min=_TINY)).sqrt()  # [B*S]
+        ratio = (G[:, 1, 1] / (abs(m_m) + _TINY)).sqrt()  # [B*S]
         weights = torch.stack((self.w * ratio, (1 - self.w) * ratio), 1)[:, None]
         work = torch.promote_types(c.dtype, torch.float32)
         m, = sampler_step((c.flatten(0, 1), n.flatten(0, 1)), weights.to(work), out_dtypes=(work,))

@@ -236,7 +236,7 @@ class Segment:
 
 
 class Weighted(NamedTuple):
-    """weight, [B,1] or a number, times tensor [B,...], never written: maps read the tensor and multiply its column."""
+    """weight, [B] or a number, times tensor [B,...], never written: maps read the tensor and multiply its column."""
 
     tensor: torch.Tensor
     weight: object
@@ -247,8 +247,7 @@ def weigh(function, inputs):
     G = gram(inputs)  # [B,J+1,J+1]
     if G.is_cpu:
         G = G.numpy()  # a microsecond for what takes torch five
-    return [Weighted(x, w if isinstance(w, float) else w[:, None])
-            for x, w in zip(inputs, function(G), strict=True)]
+    return list(map(Weighted, inputs, function(G)))
 
 
 def mapped(inputs, coefficients, dtype):
@@ -262,18 +261,29 @@ def mapped(inputs, coefficients, dtype):
 
 def _unweighted(inputs, coefficients):
     """The tensors behind these inputs, each once, and their coefficients [B,I,J] for each sample."""
-    places = {}  # id of a tensor -> (its column, the tensor)
-    for x in inputs:
-        x = x.tensor if type(x) is Weighted else x
-        places.setdefault(id(x), (len(places), x))
-    tensors = [x for _, x in places.values()]
-    found = coefficients.new_zeros((len(tensors[0]), len(coefficients), len(tensors)))
-    table, to = (coefficients.numpy(), found.numpy()) if found.is_cpu else (coefficients, found)
+    tensors = [x.tensor if type(x) is Weighted else x for x in inputs]
+    shape = tensors[0].shape[0], len(inputs)
+    if coefficients.is_cpu:
+        table = coefficients.numpy()
+        weights = np.ones(shape, table.dtype)
+    else:
+        table, weights = coefficients, coefficients.new_ones(shape)
     for j, x in enumerate(inputs):
-        weighted = type(x) is Weighted
-        column, _ = places[id(x.tensor if weighted else x)]
-        to[:, :, column] += x.weight * table[:, j] if weighted else table[:, j]
-    return tensors, found
+        if type(x) is Weighted:
+            weights[:, j] = x.weight
+    columns = table * weights[:, None]  # [B,I,J]
+    places = {}
+    for j, x in enumerate(tensors):
+        first, _ = places.setdefault(id(x), (j, x))
+        if first != j:
+            columns[:, :, first] += columns[:, :, j]
+    if len(places) < len(tensors):
+        kept = [j for j, _ in places.values()]
+        tensors = [tensors[j] for j in kept]
+        columns = (np if coefficients.is_cpu else torch).stack([columns[:, :, j] for j in kept], -1)
+    if coefficients.is_cpu:
+        columns = torch.from_numpy(columns)
+    return tensors, columns
 
 
 def as_state(answer, x):
