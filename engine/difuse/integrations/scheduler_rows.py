@@ -7,6 +7,7 @@ elementwise operation is recorded to be done on the tensors, and its result is a
 import contextlib
 import copy
 import functools
+import inspect
 import threading
 from dataclasses import dataclass, field, fields
 from numbers import Number
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from difuse.diffusion.program import Apply, Combination, Done, Draw, Recorder, number
 
-SLOTS = 31  # tensors that one step may know at once
+SLOTS = 127  # tensors that one step may know at once: IPNDM keeps every answer it was given
 _T = torch.Tensor
 _SAME = {_T.to, _T.float, _T.double, _T.cpu, _T.contiguous, _T.detach, _T.type}  # roundings are not taken over
 _STRUCTURE = {_T.clone, _T.__getitem__, _T.neg, _T.__neg__, _T.unsqueeze, torch.neg, torch.stack, torch.einsum,
@@ -170,17 +171,37 @@ def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_g
                     options = {**options, "variance_noise": draw(None, (), {})}
                 seen = dict(vars(twin))
                 m = torch.cat([each.as_subclass(torch.Tensor) for each in m], 1).as_subclass(Row)
-                output = getattr(cls, name)(twin, m, timestep if k == 0 else time, x, **options)
+                output = stepper(cls, name)(twin, m, timestep if k == 0 else time, x, **options)
                 _finish(trace, twin, step, output, seen)
     finally:
         _here.trace = before
     return steps, [float(time) for time in times], first
 
 
+def stepper(cls, name):
+    """The original's step as a function of (scheduler, model_output, timestep, sample, **options)."""
+    step = getattr(cls, name)
+    if time_is_last(step):
+        return lambda scheduler, model_output, timestep, sample, **options: step(
+            scheduler, model_output, sample, timestep, **options)
+    return step
+
+
+def time_is_last(step):
+    """Whether it takes the time after the sample: ScoreSdeVpScheduler.step_pred(score, x, t) does."""
+    return list(inspect.signature(step).parameters)[3] in ("t", "timestep")
+
+
+def _named(output):
+    """{name: value} of what a step returned, a dataclass or a tuple."""
+    if isinstance(output, tuple):
+        return {str(i): value for i, value in enumerate(output)}
+    return {f.name: getattr(output, f.name) for f in fields(output)}
+
+
 def _finish(trace, twin, step, output, seen):
     """Write what the step returns and what the scheduler keeps, in one map, and let the rest go."""
-    results = {f.name: getattr(output, f.name) for f in fields(output)}
-    results = {name: trace.combination(row) for name, row in results.items() if isinstance(row, Row)}
+    results = {name: trace.combination(row) for name, row in _named(output).items() if isinstance(row, Row)}
     kept = {}  # id of a row -> the row, so that ids stay theirs, and what it stands for
     _replace(vars(twin), lambda row: kept.setdefault(id(row), (row, trace.combination(row)))[0])
     trace.recorder.write([*results.values(), *(combination for _, combination in kept.values())])
@@ -260,9 +281,8 @@ def types_of(scheduler, cls, name, timestep, options, model_output, sample, coun
         twin.noise_sampler = lambda *_: draw(torch.randn_like, (x,), {})
     with _Noise(draw):
         for k, time in enumerate(times[:count]):
-            output = getattr(cls, name)(twin, m, timestep if k == 0 else time, x, **options)
-            results = {f.name: getattr(output, f.name) for f in fields(output)}
-            steps.append(Types(list(draws), {key: value.dtype for key, value in results.items()
+            output = stepper(cls, name)(twin, m, timestep if k == 0 else time, x, **options)
+            steps.append(Types(list(draws), {key: value.dtype for key, value in _named(output).items()
                                              if isinstance(value, torch.Tensor)}))
             draws.clear()
     return steps
@@ -282,13 +302,15 @@ def times_from(twin, timestep):
     timestep = torch.as_tensor(timestep).cpu()
     schedule = torch.as_tensor(twin.timesteps)
     if hasattr(twin, "step_index"):
-        if twin.step_index is None:
+        if twin.step_index is None and hasattr(twin, "_init_step_index"):
             with contextlib.suppress(IndexError):  # no such time: its step says so
                 twin._init_step_index(timestep)
-        first = twin.step_index
+        first = twin.step_index if twin.step_index is not None else getattr(twin, "begin_index", None)
     elif hasattr(twin, "counter"):
         first = twin.counter
     else:
+        first = None
+    if first is None:
         found = (schedule == timestep).nonzero().flatten().tolist()
         first = found[0] if found else None
     times = [] if first is None else list(schedule[first:])

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from difuse.diffusion.program import Apply, Draw, Map, Program
-from difuse.integrations.scheduler_rows import trace, types_of
+from difuse.integrations.scheduler_rows import stepper, time_is_last, trace, types_of
 from difuse_kernels import sampler_step
 
 
@@ -82,9 +82,12 @@ def _restored(cls, name, state):
 def _fused_class(cls, name):
     original = getattr(cls, name)
     parameters = list(inspect.signature(original).parameters)
+    swapped = time_is_last(original)
 
     @functools.wraps(original)
     def step(self, model_output, timestep, sample, *args, **kwargs):
+        if swapped:
+            timestep, sample = sample, timestep
         options = {**dict(zip(parameters[4:], args, strict=False)), **kwargs}
         generator, return_dict = options.pop("generator", None), options.pop("return_dict", True)
         noise = options.pop("variance_noise", None)
@@ -94,7 +97,7 @@ def _fused_class(cls, name):
                 raise ValueError(f"{cls.__name__}: a step with times or options of each sample or token does not "
                                  "follow fused ones; call set_timesteps first")
             self._trajectory = None
-            return original(self, model_output, timestep, sample, *args, **kwargs)
+            return stepper(cls, name)(self, model_output, timestep, sample, *args, **kwargs)
         if noise is not None and generator is not None:
             raise ValueError(f"{cls.__name__}: got both a generator and variance_noise; expected one of them")
         trajectory = self._trajectory
@@ -106,7 +109,7 @@ def _fused_class(cls, name):
             plan = _plan(self, cls, name, timestep, options, model_output, sample, noise)
             trajectory = self._trajectory = _Trajectory(self, plan)
         outputs = trajectory.step(self, model_output, sample, generator, noise)
-        if return_dict:
+        if return_dict and trajectory.plan.output is not tuple:
             return trajectory.plan.output(**outputs)
         return tuple(outputs.values())
 
