@@ -18,7 +18,9 @@ PRODUCTION = (  # op, name in kernel_report_cases; a tensor of each is some 20 t
 )
 BATCHES = (("patchify", "DiT-XL/2 512, batch 2048", lambda make: ((make("x", 2048, 4, 64, 64), 2), {"order": "cpq"})),
            ("unpatchify", "DiT-XL/2 512, batch 2048",
-            lambda make: ((make("tokens", 2048, 1024, 32), 2, (32, 32)), {"order": "pqc"})))
+            lambda make: ((make("tokens", 2048, 1024, 32), 2, (32, 32)), {"order": "pqc"})),
+           ("gram", "DiT-XL/2 512, rescaled, batch 2048",
+            lambda make: ((make("out", 4096, 8, 64, 64)[:, :4].chunk(2),), {})))
 
 
 def on_gpus(cases):

@@ -27,9 +27,9 @@ def tiny(op, name):
 TINY = [tiny(op, name) for op, name in (
     ("norm_modulate", "per_token"), ("norm_modulate_dual", "odd"), ("gate_residual", "odd"),
     ("gate_residual_norm_modulate", "affine"), ("attention", "dit_s"), ("attention_packed", "lengths_bias"),
-    ("gated_activation", "odd"), ("gelu_tanh", "odd"), ("group_norm_act", "odd"), ("qk_norm_rope", "odd"),
-    ("qk_norm_rope_joint", "gradcheck"), ("patchify", "gradcheck"), ("unpatchify", "gradcheck"),
-    ("sampler_step", "ddim_cfg"))]
+    ("gated_activation", "odd"), ("gelu_tanh", "odd"), ("gram", "odd"), ("group_norm_act", "odd"),
+    ("qk_norm_rope", "odd"), ("qk_norm_rope_joint", "gradcheck"), ("patchify", "gradcheck"),
+    ("unpatchify", "gradcheck"), ("sampler_step", "ddim_cfg"))]
 
 
 @pytest.fixture(autouse=True)

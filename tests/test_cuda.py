@@ -59,7 +59,7 @@ sys.modules['difuse_kernels._native_cuda'] = difuse_kernels._native_cuda = Ext""
 def test_the_order_is_data_and_names_cuda_first():
     assert ORDER["cuda"] == ("cuda", "triton", "reference")
     assert {op.name for op in OPS.values() if "cuda" not in op.backends} == {
-        "attention", "attention_packed", "gelu_tanh", "norm_modulate_dual", "group_norm_act"}
+        "attention", "attention_packed", "gelu_tanh", "gram", "norm_modulate_dual", "group_norm_act"}
 
 
 @needs_emulation
