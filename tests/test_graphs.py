@@ -91,6 +91,13 @@ def test_what_is_not_linear_is_recorded_too(changes, most, model, records):
     assert len(records) == len(graphs) <= most
 
 
+def test_a_rule_s_own_numbers_are_another_graph(model, records):
+    graphs = difuse.Graphs(keep=8)
+    settings = [dict(guidance=Guidance(2.0, rescale=phi), clip=clip) for phi in (0.5, 0.9) for clip in (1.0, 0.4)]
+    for changes in 2 * settings:
+        assert torch.equal(images(model, graphs, **changes), images(model, None, **changes)), changes
+
+
 def test_langevin_steps_and_a_learned_variance_are_recorded(records):
     def model(x, t, labels):
         return torch.cat((smooth(x, t), smooth(x, t).sin()), 1)

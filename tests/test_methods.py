@@ -8,7 +8,7 @@ import torch
 
 from difuse.diffusion import EDM, SAMPLERS, VESDE, VP, VPSDE, Flow, Guidance, SubVPSDE, path
 from difuse.diffusion.method import record
-from difuse.diffusion.program import Map, Run
+from difuse.diffusion.program import Done, Map, Program, Recorder, Run, Weigh, number
 from difuse.diffusion.samplers import _ANY
 from difuse_kernels import use_backend
 from tests.mixture import MEANS, STDS, WEIGHTS, nodes_between, smooth, solution, trajectory
@@ -87,6 +87,44 @@ def test_stochastic_samplers_reach_the_data_s_mean_and_covariance(name, process,
     products = true_covariance.diag().outer(true_covariance.diag())
     error = ((products + true_covariance**2) / 4000).sqrt()
     assert ((covariance - true_covariance).abs() < 5 * error).all(), (covariance, true_covariance)
+
+
+def test_a_langevin_step_is_the_paper_s():
+    """Song et al. 2021, algorithm 5: x + e s + sqrt(2 e) z, e = 2 alpha_ts^2 (snr |z| / |s|)^2; few and large steps."""
+    process, snr, noises = VPSDE(), 0.3, []
+    nodes = path(process, 3, "log_snr")
+    x = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    program = record(functools.partial(SAMPLERS["predictor_corrector"]._method, snr=snr), nodes, "score", Guidance(1.0))
+
+    def draw():
+        noises.append(torch.randn(x.shape, generator=torch.Generator().manual_seed(len(noises)), dtype=x.dtype))
+        return noises[-1]
+
+    run = Run(program, (x,), draw)
+    with use_backend("reference"):
+        while (asked := run.advance()) is not None:
+            run.give((asked[1].sin(), asked[1]))
+    for k, (t, s) in enumerate(zip(nodes, nodes[1:], strict=False)):
+        alpha_ts = t.alpha / s.alpha
+        beta = t.sigma**2 - (alpha_ts * s.sigma) ** 2
+        x = (2 - alpha_ts) * x + beta * x.sin()
+        if s.sigma > 0:
+            x = x + math.sqrt(beta) * noises[2 * k]
+            z, score = noises[2 * k + 1], x.sin()
+            norms = [value.flatten(1).norm(dim=1) for value in (z, score)]
+            e = (2 * alpha_ts**2 * (snr * norms[0] / norms[1]) ** 2).reshape(-1, 1, 1, 1)
+            x = x + e * score + (2 * e).sqrt() * z
+    torch.testing.assert_close(run.x, x, rtol=1e-12, atol=1e-12)
+
+
+def test_a_weighted_tensor_that_is_asked_for_alone_is_written():
+    recorder = Recorder()
+    x = recorder.tensor()
+    weighted, = recorder.add(Weigh, x, function=lambda G: (G[:, 1, 1],))
+    recorder.add(Done, weighted, results=0, step=0)
+    run = Run(Program(recorder.instructions, [number(weighted)]), (torch.full((2, 3), 2.0),), None)
+    assert run.advance() is None
+    assert torch.equal(run.x, torch.full((2, 3), 24.0))
 
 
 def test_a_linear_step_is_one_pass_and_its_width_is_the_method_s():

@@ -304,6 +304,13 @@ def test_so_are_those_of_other_classes(name, monkeypatch):
     assert all(worst is None or worst <= 1e-10 for worst in found) and found.count(None) < 3, found
 
 
+def test_a_step_that_takes_its_time_last_is_fused_too():
+    scheduler = fused(deprecated.ScoreSdeVpScheduler())
+    x, m = tensors()
+    x, mean = scheduler.step_pred(m, x, scheduler.timesteps[0], generator=torch.Generator().manual_seed(0))
+    assert scheduler._trajectory.at == 1 and x.shape == mean.shape and not torch.equal(x, mean)
+
+
 @pytest.mark.parametrize("name", ["BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"])
 def test_schedulers_of_tokens_are_refused_by_name(name):
     if not hasattr(diffusers, name):
