@@ -14,7 +14,8 @@ from benchmarks.bench_frozen import error
 from benchmarks.bench_ops import Target, verdict
 from benchmarks.timing import versus
 from difuse.diffusion import APG, SAMPLERS, VP, Flow, Guidance
-from difuse.diffusion.program import Map, Run
+from difuse.diffusion.program import Map
+from difuse.diffusion.run import Run
 from difuse_kernels import use_backend
 
 SHAPES = {"2 x [16,128,128]": (2, 16, 128, 128), "8 x [4,32,32]": (8, 4, 32, 32)}

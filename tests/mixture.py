@@ -8,7 +8,7 @@ from scipy.integrate import solve_ivp
 
 from difuse.diffusion import SAMPLERS, Guidance, coefficients
 from difuse.diffusion.method import record
-from difuse.diffusion.program import Run
+from difuse.diffusion.run import Run
 from difuse_kernels import use_backend
 
 WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)

@@ -8,7 +8,8 @@ import torch
 
 from difuse.diffusion import APG, SAMPLERS, VESDE, VP, VPSDE, Flow, Guidance, skip_layers
 from difuse.diffusion.method import record
-from difuse.diffusion.program import Call, Done, Map, Run, Weigh
+from difuse.diffusion.program import Call, Done, Map, Weigh
+from difuse.diffusion.run import Run
 from difuse.models import DiT
 from tests.mixture import WEIGHTS, log_density, smooth, trajectory
 

@@ -8,7 +8,8 @@ import torch
 
 from difuse.diffusion import EDM, SAMPLERS, VESDE, VP, VPSDE, Flow, Guidance, SubVPSDE, path
 from difuse.diffusion.method import record
-from difuse.diffusion.program import Done, Map, Program, Recorder, Run, Weigh, number
+from difuse.diffusion.program import Done, Map, Program, Recorder, Weigh, number
+from difuse.diffusion.run import Run
 from difuse.diffusion.samplers import _ANY
 from difuse_kernels import use_backend
 from tests.mixture import MEANS, STDS, WEIGHTS, nodes_between, smooth, solution, trajectory

@@ -43,7 +43,8 @@ from difuse.diffusion.methods import ancestral, dpm_solver, euler, multistep, sd
 from difuse.diffusion.model_calls import ModelCalls, not_finite
 from difuse.diffusion.parameterizations import PREDICTIONS
 from difuse.diffusion.processes import EDM, PROCESSES, VESDE, VP, VPSDE, Flow, SubVPSDE
-from difuse.diffusion.program import Apply, Call, Draw, Map, Run, Weigh, as_state, mapped, to_device, weigh
+from difuse.diffusion.program import Apply, Call, Draw, Map, Weigh, to_device
+from difuse.diffusion.run import Run, as_state, mapped, weigh
 
 _PRESERVING = (VP, VPSDE, SubVPSDE)
 _ANY = tuple(PROCESSES.values())

@@ -7,7 +7,7 @@ import torch
 
 from difuse.diffusion.guidance import Guidance
 from difuse.diffusion.model_calls import Finite, call_times
-from difuse.diffusion.program import Run
+from difuse.diffusion.run import Run
 from difuse.diffusion.samplers import Previews, find_sampler, initial_noise
 
 _MOST_STEPS = 10_000

@@ -4,18 +4,16 @@ A `Row` is a float64 tensor [1,C,1,SLOTS] whose last dimension says how much of 
 and products with numbers are the scheduler's own arithmetic on them. Drawn noise is a unit vector of its own; any other
 elementwise operation is recorded to be done on the tensors, and its result is a unit vector too.
 """
-import contextlib
-import copy
 import functools
-import inspect
 import threading
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from numbers import Number
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from difuse.diffusion.program import Apply, Combination, Done, Draw, Recorder, number
+from difuse.integrations.scheduler_twin import named, stepper, times_from, twin_from
 
 SLOTS = 127  # tensors that one step may know at once: IPNDM keeps every answer it was given
 _T = torch.Tensor
@@ -178,30 +176,9 @@ def trace(scheduler, cls, name, timestep, options, model_output, sample, noise_g
     return steps, [float(time) for time in times], first
 
 
-def stepper(cls, name):
-    """The original's step as a function of (scheduler, model_output, timestep, sample, **options)."""
-    step = getattr(cls, name)
-    if time_is_last(step):
-        return lambda scheduler, model_output, timestep, sample, **options: step(
-            scheduler, model_output, sample, timestep, **options)
-    return step
-
-
-def time_is_last(step):
-    """Whether it takes the time after the sample: ScoreSdeVpScheduler.step_pred(score, x, t) does."""
-    return list(inspect.signature(step).parameters)[3] in ("t", "timestep")
-
-
-def _named(output):
-    """{name: value} of what a step returned, a dataclass or a tuple."""
-    if isinstance(output, tuple):
-        return {str(i): value for i, value in enumerate(output)}
-    return {f.name: getattr(output, f.name) for f in fields(output)}
-
-
 def _finish(trace, twin, step, output, seen):
     """Write what the step returns and what the scheduler keeps, in one map, and let the rest go."""
-    results = {name: trace.combination(row) for name, row in _named(output).items() if isinstance(row, Row)}
+    results = {name: trace.combination(row) for name, row in named(output).items() if isinstance(row, Row)}
     kept = {}  # id of a row -> the row, so that ids stay theirs, and what it stands for
     _replace(vars(twin), lambda row: kept.setdefault(id(row), (row, trace.combination(row)))[0])
     trace.recorder.write([*results.values(), *(combination for _, combination in kept.values())])
@@ -282,36 +259,7 @@ def types_of(scheduler, cls, name, timestep, options, model_output, sample, coun
     with _Noise(draw):
         for k, time in enumerate(times[:count]):
             output = stepper(cls, name)(twin, m, timestep if k == 0 else time, x, **options)
-            steps.append(Types(list(draws), {key: value.dtype for key, value in _named(output).items()
+            steps.append(Types(list(draws), {key: value.dtype for key, value in named(output).items()
                                              if isinstance(value, torch.Tensor)}))
             draws.clear()
     return steps
-
-
-def twin_from(scheduler, cls):
-    """An own copy of the scheduler, of its class, on the CPU."""
-    twin = cls.__new__(cls)
-    for key, value in vars(scheduler).items():
-        if key not in ("_trajectory", "_plans"):
-            vars(twin)[key] = value.cpu() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
-    return twin
-
-
-def times_from(twin, timestep):
-    """The times of the steps of `twin` from this one on, and its place in the schedule, None if it is not in it."""
-    timestep = torch.as_tensor(timestep).cpu()
-    schedule = torch.as_tensor(twin.timesteps)
-    if hasattr(twin, "step_index"):
-        if twin.step_index is None and hasattr(twin, "_init_step_index"):
-            with contextlib.suppress(IndexError):  # no such time: its step says so
-                twin._init_step_index(timestep)
-        first = twin.step_index if twin.step_index is not None else getattr(twin, "begin_index", None)
-    elif hasattr(twin, "counter"):
-        first = twin.counter
-    else:
-        first = None
-    if first is None:
-        found = (schedule == timestep).nonzero().flatten().tolist()
-        first = found[0] if found else None
-    times = [] if first is None else list(schedule[first:])
-    return (times, first) if times else ([timestep], None)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from difuse.diffusion.program import Apply, Draw, Map, Program
-from difuse.integrations.scheduler_rows import stepper, time_is_last, trace, types_of
+from difuse.integrations.scheduler_rows import trace, types_of
+from difuse.integrations.scheduler_twin import stepper, time_is_last
 from difuse_kernels import sampler_step
 
 
