@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import difuse
-from difuse.diffusion import SAMPLERS, VP, VPSDE, Clamp, Flow, Threshold
+from difuse.diffusion import SAMPLERS, VP, VPSDE, Clamp, Flow, Guidance, Threshold
 from difuse.models import DiT
 from tests.mixture import smooth
 
@@ -78,8 +78,29 @@ def test_an_engine_s_requests_and_sample_take_it():
     images = difuse.sample(model.eval(), [1], process=VP(), prediction="eps", clip=1.0, **settings)
     with difuse.Engine(model, process=VP(), prediction="eps") as engine:
         image = engine.submit(difuse.Request(1, 0, options={"clip": 1.0}, **settings)).result()
+        for options, message in (({"strength": 0.5}, "option .strength. is unknown to ddim; expected some of clip"),
+                                 ({"preview": True}, "option 'preview' is unknown")):
+            with pytest.raises(TypeError, match=message):
+                engine.submit(difuse.Request(1, 0, options=options, **settings))
+        with pytest.raises(ValueError, match="Engine: guidance per_token is 3 and the state has shape"):
+            engine.submit(difuse.Request(1, 0, **settings | dict(guidance=Guidance(2.0, per_token=3))))
     torch.testing.assert_close(image, images[0], rtol=1e-5, atol=1e-5)
     assert images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("clip", [None, 0.3, Threshold(0.9, 2.0)], ids=str)
+def test_a_network_in_bfloat16_that_predicts_the_data(clip):
+    """What it predicts is clipped, and handed out, in float32."""
+    def model(x, t):
+        return smooth(x, t).bfloat16()
+
+    x = SAMPLERS["ddim"](model, NOISE, process=VP(), steps=3, prediction="x0", clip=clip)
+    same = SAMPLERS["ddim"](lambda x, t: model(x, t).float(), NOISE, process=VP(), steps=3, prediction="x0", clip=clip)
+    assert x.dtype == torch.float32 and torch.equal(x, same)
+    assert clip != 0.3 or x.abs().max() <= 0.3
+    mask = (NOISE > 0).float()
+    x = SAMPLERS["ddim"](model, NOISE, process=VP(), steps=3, prediction="x0", clip=clip, image=NOISE, mask=mask)
+    assert torch.equal(x[mask == 0], NOISE[mask == 0])
 
 
 @pytest.mark.parametrize("make, message", [

@@ -138,6 +138,36 @@ def test_other_models_are_recorded_and_known_by_their_weights(model, records):
     assert len(records) == before + 1
 
 
+def test_models_in_other_roles_are_another_graph(model, records):
+    weak, other = copy.deepcopy(model), copy.deepcopy(model)
+    for k, each in enumerate((weak, other)):
+        for parameter in each.parameters():
+            parameter.data.mul_(0.9 - 0.2 * k)
+    graphs = difuse.Graphs(keep=8)
+    for guidance in (Guidance(2.0, weak=weak, skip=other, skip_scale=0.5),
+                     Guidance(2.0, weak=other, skip=weak, skip_scale=0.5),
+                     Guidance(1.5, skip=skip_layers(other, [0]), skip_scale=0.5),
+                     Guidance(1.5, skip=skip_layers(other, [1]), skip_scale=0.5)):
+        assert torch.equal(images(model, graphs, guidance=guidance), images(model, None, guidance=guidance))
+    before = len(records)
+    assert torch.equal(images(model, graphs, guidance=Guidance(1.5, skip=skip_layers(other, [1]), skip_scale=0.5)),
+                       images(model, None, guidance=guidance)) and len(records) == before  # the same, made anew
+    for parameter in other.parameters():
+        parameter.data = parameter.data * 1.1  # elsewhere in memory
+    assert torch.equal(images(model, graphs, guidance=guidance), images(model, None, guidance=guidance))
+    assert len(records) == before + 1
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm_solver_pp_3m", "deis", "pndm"])
+def test_a_second_call_records_nothing(name, model, records):
+    """However many kinds of steps one has."""
+    graphs = difuse.Graphs()
+    images(model, graphs, sampler=name, steps=9)
+    before = len(records)
+    images(model, graphs, sampler=name, steps=9)
+    assert len(records) == before == len(graphs)
+
+
 def test_callbacks_see_previews_and_replace_and_stop(model, records):
     """As without graphs: the same states, the same x0, the same end."""
     for name in ("ddim", "unipc", "heun"):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from difuse.diffusion import APG, SAMPLERS, VESDE, VP, VPSDE, Flow, Guidance, skip_layers
+from difuse.diffusion import APG, SAMPLERS, VESDE, VP, VPSDE, Flow, Guidance, Previews, skip_layers
 from difuse.diffusion.method import record
 from difuse.diffusion.program import Call, Done, Map, Weigh
 from difuse.diffusion.run import Run
@@ -196,11 +196,50 @@ def test_answers_of_nothing_but_zeros_are_no_division():
         torch.testing.assert_close(x, plain)
 
 
+@pytest.mark.parametrize("more", [dict(callback=Previews(lambda step, x, x0: None)), dict(clip=1.0)],
+                         ids=["previews", "clip"])
+def test_a_prediction_of_zero_can_be_seen_and_clipped(more):
+    """CFG-Zero*'s first steps, of a network that predicts x0."""
+    def model(x, t, labels):
+        return smooth(x, t) * (1 + (labels == 3).reshape(-1, 1, 1, 1))
+
+    model.num_classes = 3
+    noise, labels = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    for name in ("ddim", "euler", "unipc"):
+        x = SAMPLERS[name](model, noise, process=VP(), steps=4, prediction="x0", labels=labels,
+                           guidance=Guidance(3.0, zero_star=True, zero_steps=1), **more)
+        assert x.isfinite().all() and x.abs().max() > 0
+
+
+@pytest.mark.parametrize("rule", [dict(rescale=1.0), dict(per_token=1)], ids=str)
+def test_answers_that_cancel_are_not_blown_up(rule):
+    """At w = 2 and n = 2 c nothing is left of the mix but rounding."""
+    def model(x, t, labels):
+        return (x.sin() * (1 + (labels == 3).reshape(-1, 1, 1, 1))).bfloat16()
+
+    model.num_classes = 3
+    noise, labels = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    x = SAMPLERS["euler"](model, noise, process=VPSDE(), steps=2, prediction="eps", labels=labels, spacing="log_snr",
+                          guidance=Guidance(2.0, **rule))
+    plain = SAMPLERS["euler"](model, noise, process=VPSDE(), steps=2, prediction="eps", labels=labels,
+                              spacing="log_snr", guidance=Guidance(2.0))
+    assert x.abs().max() < 100 * plain.abs().max()
+
+
+def test_a_score_of_zeros_takes_no_langevin_step():
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    x = SAMPLERS["predictor_corrector"](lambda x, t: torch.zeros_like(x), noise, process=VESDE(), steps=3,
+                                        prediction="score", generators=generators)
+    assert x.isfinite().all()
+
+
 def test_tokens_must_fit():
-    with pytest.raises(ValueError, match=r"ddim: guidance per_token is 2 and noise has shape \(1, 1, 4, 3\)"):
-        SAMPLERS["ddim"](smooth, torch.zeros(1, 1, 4, 3), process=VP(), steps=3, prediction="eps",
-                         labels=torch.tensor([0]), guidance=Guidance(3.0, per_token=2))
-    for bad in (-1, 0.5, "2"):
+    for shape in ((1, 1, 4, 3), (1, 4, 4), (1, 1, 1, 2, 4, 4)):
+        with pytest.raises(ValueError, match="ddim: guidance per_token is 2 and the state has shape"):
+            SAMPLERS["ddim"](smooth, torch.zeros(shape), process=VP(), steps=3, prediction="eps",
+                             labels=torch.tensor([0]), guidance=Guidance(3.0, per_token=2))
+    for bad in (-1, 0.5, 2.0, "2"):
         with pytest.raises(ValueError, match="guidance per_token is .*expected the side of a token"):
             Guidance(3.0, per_token=bad)
 

@@ -7,7 +7,10 @@ import torch
 
 @dataclass(frozen=True)
 class Clamp:
-    """x0 from -bound to bound (Ho et al. 2020; `clip_sample` in diffusers)."""
+    """x0 from -bound to bound (Ho et al. 2020), and eps what then remains of x.
+
+    diffusers' `clip_sample`; its DDIMScheduler keeps the eps of before, unless asked to `use_clipped_model_output`.
+    """
 
     bound: float = 1.0
 
@@ -15,7 +18,7 @@ class Clamp:
         _check("Clamp: bound", self.bound, math.inf)
 
     def __call__(self, x0):
-        return x0.clamp(-self.bound, self.bound)
+        return _wide(x0).clamp(-self.bound, self.bound)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Threshold:
             raise ValueError(f"Threshold: most is {self.most}; expected 1 or more")
 
     def __call__(self, x0):
+        x0 = _wide(x0)
         sizes, _ = x0.abs().flatten(1).sort(1)  # torch.quantile takes 16 million numbers at most
         place = self.ratio * (sizes.shape[1] - 1)
         below = int(place)
@@ -49,6 +53,11 @@ def clipping(clip):
     if clip is None or isinstance(clip, (Clamp, Threshold)):
         return clip
     return Clamp(clip)
+
+
+def _wide(x0):
+    """x0 in float32 at least: a network's own prediction of it has the network's dtype."""
+    return x0.to(torch.promote_types(x0.dtype, torch.float32))
 
 
 def _check(name, value, most):

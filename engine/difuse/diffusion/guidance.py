@@ -66,8 +66,9 @@ class Guidance:
             raise ValueError(f"guidance interval is {self.interval}; expected parts of the steps, 0 <= from < to <= 1")
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale is {self.rescale}; expected 0 to 1")
-        if self.per_token not in range(1025):
-            raise ValueError(f"guidance per_token is {self.per_token!r}; expected the side of a token, 1 or more, or 0")
+        if not isinstance(self.per_token, int) or self.per_token < 0:
+            raise ValueError(f"guidance per_token is {self.per_token!r}; expected the side of a token, an integer "
+                             "above 0, or 0 for none")
         if self.passes not in (1, 2):
             raise ValueError(f"guidance passes is {self.passes!r}; expected 1, both halves in one call, or 2")
         rules = [name for name in ("zero_star", "per_token", "apg") if getattr(self, name)]
@@ -88,6 +89,13 @@ class Guidance:
     def needs_null(self):
         """Whether the null class is asked for at any step."""
         return self.scale != 1 and self.weak is None
+
+    def check_shape(self, name, shape):
+        """Raise ValueError where a state of this shape [B,...] does not fall into tokens of `per_token`."""
+        p = self.per_token
+        if p and (any(size % p for size in shape[-2:]) if 3 < len(shape) < 6 else len(shape) != 3 or p != 1):
+            raise ValueError(f"{name}: guidance per_token is {p} and the state has shape {tuple(shape)}; expected "
+                             "[B,C,H,W] or [B,C,F,H,W] with sides that tokens of that side divide, or 1 with [B,S,D]")
 
     def sources(self, step, steps):
         """What the model is asked for: of "cond", "null", "skip", "weak"."""
@@ -152,6 +160,11 @@ def _weighed(recorder, function, *answers):
 _TINY = 1e-30  # answers of nothing but zeros: no division by it
 
 
+def _floor(w, c_c, n_n):
+    """What |w c + (1 - w) n|^2 may be by rounding alone: where it is no more, nothing is enlarged by its inverse."""
+    return 1e-14 * (w**2 * c_c + (1 - w) ** 2 * n_n) + _TINY
+
+
 @dataclass(frozen=True)
 class _Rescaled:
     """m * (phi * std(c) / std(m) + 1 - phi), m = w c + (1 - w) n; standard deviations of whole samples."""
@@ -164,7 +177,7 @@ class _Rescaled:
         m = self.w * c + (1 - self.w) * n  # [B,3]: <m, 1>, <m, c>, <m, n>
         m_m = self.w * m[:, 1] + (1 - self.w) * m[:, 2]
         var_c, var_m = abs(c[:, 1] - c[:, 0] ** 2 / N), abs(m_m - m[:, 0] ** 2 / N)  # abs: a rounding may be below 0
-        factor = self.phi * (var_c / (var_m + _TINY)) ** 0.5 + (1 - self.phi)  # [B]
+        factor = self.phi * (var_c / (var_m + _floor(self.w, c[:, 1], n[:, 2]))) ** 0.5 + (1 - self.phi)  # [B]
         return self.w * factor, (1 - self.w) * factor
 
 
@@ -209,11 +222,13 @@ class _PerToken:
 
     def __call__(self, cond, null):
         patch = (1,) * (cond.dim() - 4) + (self.p, self.p)
+        cond, null = (x if x.stride(-1) == 1 else x.contiguous() for x in (cond, null))
         c, n = (x if x.dim() == 3 else patchify(x, patch) for x in (cond, null))  # [B,S,D]
         G = gram((c.flatten(0, 1), n.flatten(0, 1)))  # [B*S,3,3]
         m = torch.lerp(G[:, 2], G[:, 1], self.w)
         m_m = torch.lerp(m[:, 2], m[:, 1], self.w)
-        ratio = (G[:, 1, 1] / (abs(m_m) + _TINY)).sqrt()  # [B*S]
+        c_c, n_n = G[:, 1, 1], G[:, 2, 2]
+        ratio = (c_c / (abs(m_m) + _floor(self.w, c_c, n_n))).sqrt()  # [B*S]
         weights = torch.stack((self.w * ratio, (1 - self.w) * ratio), 1)[:, None]
         work = torch.promote_types(c.dtype, torch.float32)
         m, = sampler_step((c.flatten(0, 1), n.flatten(0, 1)), weights.to(work), out_dtypes=(work,))
@@ -263,6 +278,12 @@ class skip_layers(nn.Module):  # called like a function
         if not layers or not 0 <= layers[0] <= layers[-1] < len(blocks):
             raise ValueError(f"skip_layers: layers are {layers}; expected some of 0 to {len(blocks) - 1}")
         self._model, self._skipped = [model], [blocks[layer] for layer in layers]  # in lists: not its own modules
+        self.layers = tuple(layers)
+
+    @property
+    def model(self):
+        """The model whose layers are skipped."""
+        return self._model[0]
 
     def forward(self, *args, **kwargs):
         """The model's own, the skipped blocks returning what they are given."""
@@ -270,7 +291,7 @@ class skip_layers(nn.Module):  # called like a function
         try:
             for block in self._skipped:
                 block.forward = _same_stream if isinstance(block, DiTBlock) else _same
-            return self._model[0](*args, **kwargs)
+            return self.model(*args, **kwargs)
         finally:
             for block, forward in zip(self._skipped, before, strict=True):
                 del block.forward

@@ -107,6 +107,7 @@ def record(method, path, prediction, guidance, *, prior=1.0, labels=None, given=
             x0 = answer.x0 if preview else None
         else:
             step += 1
+            recorder.own(request)
             recorder.write([request, *_alive(running), *_combinations([memory, x0])])
             if len(given) == 2:
                 image, mask = given

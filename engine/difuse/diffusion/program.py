@@ -111,7 +111,8 @@ class Recorder:
     """Collects instructions."""
 
     def __init__(self):
-        self.instructions, self._count, self._weighted = [], 0, {}  # {weighted tensor: the tensor}
+        self.instructions, self._count = [], 0
+        self._weighted, self._answers = {}, set()  # {weighted tensor: the tensor}; a model's, of any dtype
 
     def tensor(self):
         """A new tensor, as a combination of itself."""
@@ -120,42 +121,57 @@ class Recorder:
 
     def add(self, kind, *inputs, results=1, **fields):
         """One more instruction that reads these combinations; its results, new tensors."""
-        self.write(inputs)
+        self.write(inputs if kind is not Apply else ())
+        self.write(inputs if kind is Apply else inputs[1:] if kind is Done else (), zeros=True)
         outputs = [self.tensor() for _ in range(results)]
         self.instructions.append(kind(inputs=tuple(map(number, inputs)), outputs=tuple(map(number, outputs)), **fields))
+        if kind is Call:
+            self._answers.update(self.instructions[-1].outputs)
         if kind is Weigh:
             self._weighted |= zip(self.instructions[-1].outputs, self.instructions[-1].inputs, strict=True)
         return outputs
 
-    def write(self, combinations):
-        """Let each of these be one tensor from here on, the same object as before."""
+    def own(self, combination):
+        """Let this, if it is a model's answer as it came, be a tensor of the state's dtype and of its own."""
+        terms = tuple((tensor, c) for tensor, c in combination.terms.items() if c != 0)
+        if len(terms) == 1 and terms[0][1] == 1 and terms[0][0] in self._answers:
+            self._map([(terms, [combination])])
+
+    def write(self, combinations, zeros=False):
+        """Let each of these be one tensor from here on, the same object as before; zeros: also where it is 0."""
         rows = {}  # what is to be written: [the combinations that are this]
         for combination in combinations:
             terms = {tensor: c for tensor, c in combination.terms.items() if c != 0}
             if not np.isfinite(list(terms.values())).all():
                 raise ValueError(f"the coefficients of a step are {list(terms.values())}; expected finite numbers")
-            if not terms or (list(terms.values()) == [1.0] and not terms.keys() & self._weighted):
+            if not terms and zeros:
+                terms = dict.fromkeys(list(combination.terms)[:1], 0.0)
+            if list(terms.values()) == [1.0] and not terms.keys() & self._weighted.keys():
                 combination.terms = terms
-            else:
+            elif terms:
                 rows.setdefault(tuple(sorted(terms.items())), []).append(combination)
         pending = list(rows.items())
         while pending:
             part, pending = pending[:_MAX_OUTPUTS], pending[_MAX_OUTPUTS:]
-            inputs = sorted({tensor for terms, _ in part for tensor, _ in terms})
-            width = len({self._weighted.get(tensor, tensor) for tensor in inputs})
-            if width > _MAX_INPUTS:
-                raise ValueError(f"a step reads {width} tensors at once; expected at most {_MAX_INPUTS}")
-            outputs = [self.tensor() for _ in part]
-            coefficients = np.array([[dict(terms).get(tensor, 0.0) for tensor in inputs] for terms, _ in part])
-            self.instructions.append(Map(tuple(inputs), tuple(map(number, outputs)), coefficients))
-            for (_, same), output in zip(part, outputs, strict=True):
-                for combination in same:
-                    combination.terms = dict(output.terms)
+            self._map(part)
+
+    def _map(self, rows):
+        """One `Map`. rows: [(terms, [the combinations that are this])]."""
+        inputs = sorted({tensor for terms, _ in rows for tensor, _ in terms})
+        width = len({self._weighted.get(tensor, tensor) for tensor in inputs})
+        if width > _MAX_INPUTS:
+            raise ValueError(f"a step reads {width} tensors at once; expected at most {_MAX_INPUTS}")
+        outputs = [self.tensor() for _ in rows]
+        coefficients = np.array([[dict(terms).get(tensor, 0.0) for tensor in inputs] for terms, _ in rows])
+        self.instructions.append(Map(tuple(inputs), tuple(map(number, outputs)), coefficients))
+        for (_, same), output in zip(rows, outputs, strict=True):
+            for combination in same:
+                combination.terms = dict(output.terms)
 
 
 def number(combination):
     """The number of the one tensor that this is."""
-    if len(combination.terms) != 1:
+    if list(combination.terms.values()) != [1.0]:
         raise ValueError("a step's state, or what it needs the norm of, is 0 whatever the model says; expected a "
                          "coefficient that is not")
     return next(iter(combination.terms))
@@ -241,7 +257,7 @@ def to_device(tensor, device):
 
 def _pruned(instruction, needed):
     rows = [i for i, output in enumerate(instruction.outputs) if output in needed]
-    columns = [j for j in range(len(instruction.inputs)) if instruction.coefficients[rows, j].any()]
+    columns = [j for j in range(len(instruction.inputs)) if instruction.coefficients[rows, j].any()] or [0]
     if not rows:
         return None
     return Map(tuple(instruction.inputs[j] for j in columns), tuple(instruction.outputs[i] for i in rows),

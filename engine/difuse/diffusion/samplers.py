@@ -37,7 +37,7 @@ import torch
 
 from difuse.diffusion.clipping import clipping
 from difuse.diffusion.grids import part_of, path
-from difuse.diffusion.guidance import Guidance
+from difuse.diffusion.guidance import Guidance, skip_layers
 from difuse.diffusion.method import record
 from difuse.diffusion.methods import ancestral, dpm_solver, euler, multistep, sde, unipc
 from difuse.diffusion.model_calls import ModelCalls, not_finite
@@ -135,9 +135,7 @@ class Sampler:
         given = _images(self.name, noise, image, strength, mask)
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
-        if guidance.per_token and any(size % guidance.per_token for size in noise.shape[2:][-2:] if noise.dim() > 3):
-            raise ValueError(f"{self.name}: guidance per_token is {guidance.per_token} and noise has shape "
-                             f"{tuple(noise.shape)}; expected sides that tokens of that side divide")
+        guidance.check_shape(self.name, noise.shape)
         there = labels.to(noise.device) if isinstance(labels, torch.Tensor) else labels
         program = self.program(process, steps, prediction, guidance, spacing=spacing, clip=clip, labels=there,
                                given=len(given), strength=strength, preview=isinstance(callback, Previews), **options)
@@ -172,12 +170,16 @@ def replay(program, calls, tensors, draw, callback, graphs):
     if calls.guidance.classifier:
         raise ValueError(f"{calls.sampler}: a classifier's gradient at another time is another graph at every step; "
                          "expected graphs=None with it")
-    models = tuple({id(model): model for model in calls.models.values() if model is not None}.values())
+    models = {role: model for role, model in calls.models.items() if model is not None}
+    if isinstance(calls.guidance.skip, skip_layers):  # known by the model whose layers it skips
+        models |= {f"skip {calls.guidance.skip.layers}": models.pop("skip").model}
+    surroundings, segments = graphs.surroundings(models), program.segments()
+    room = len({segment.structure for segment in segments})
     known, tables = dict(enumerate(tensors)), program.tables(tensors[0].device)
     times = iter(calls.times.to(tensors[0].device))
-    for segment in program.segments():
-        step = graphs.bind(functools.partial(_advance, segment, calls), models, segment.structure,
-                           calls.guidance.passes)
+    for segment in segments:
+        step = graphs.bind(functools.partial(_advance, segment, calls), (surroundings, segment.structure,
+                                                                        calls.guidance.passes), room)
         numbers = []  # what this step's instructions take beside tensors: a time, coefficients, noise
         for i, each in enumerate(segment.instructions, segment.first):
             numbers += ([next(times)] if isinstance(each, Call) else [tables[i]] if isinstance(each, Map) else

@@ -77,7 +77,7 @@ class Engine:
         """
         if os.getpid() != self._process_id:
             raise RuntimeError("Engine: it belongs to the process that this one was forked from; make one here")
-        taken = take(request, self._process, self._prediction, self._null, self._max_batch, self._device)
+        taken = take(request, self._process, self._prediction, self._null, self._max_batch, self._device, self._shape)
         with self._changed:
             if self._closed:
                 raise RuntimeError("Engine: it is closed and takes no more requests")

@@ -17,7 +17,7 @@ from difuse_kernels.dispatch import forced_backend
 
 
 class Graphs:
-    """Recorded steps, at most `keep` of them: the one used longest ago makes room for a new one.
+    """Recorded steps, at most `keep` of them, or as many as one call needs: the one used longest ago makes room.
 
     A step is recorded anew for another model, shape, dtype, autocast or `use_backend`, and where weights have moved to
     other memory. It holds on to its models, and to the memory of one step. After a change that moves no weight, such as
@@ -38,30 +38,32 @@ class Graphs:
         """Forget every recorded step and give its memory back."""
         self._captured.clear()
 
-    def bind(self, step, models, *settings):
+    def surroundings(self, models):
+        """What a recorded step depends on beside what it is given. models: {role: model}, where their weights lie."""
+        known = {id(model): model for model in models.values() if isinstance(model, torch.nn.Module)}
+        weights = [weight for model in known.values() for weight in (*model.parameters(), *model.buffers())]
+        places = tuple([(weight.data_ptr(), weight.dtype, weight.shape, weight.stride()) for weight in weights])
+        roles = tuple([(role, id(model), getattr(model, "training", None)) for role, model in models.items()])
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return roles, places, autocast, forced_backend()
+
+    def bind(self, step, settings, room=1):
         """`step` as a function that replays: step(*inputs) -> a tuple of tensors, inputs tensors or None.
 
-        Results are the graph's own buffers: the next call overwrites them. models: a tuple of those that `step` calls;
-        settings: what else it depends on.
-        Raises ValueError for tensors that are not on a GPU, RuntimeError where the step cannot be recorded.
+        Results are the graph's own buffers: the next call overwrites them. settings: what else `step` depends on. room:
+        how many there are kept at least. Raises ValueError for tensors that are not on a GPU, RuntimeError where the
+        step cannot be recorded.
         """
-        weights = [weight for model in models if isinstance(model, torch.nn.Module)
-                   for weight in (*model.parameters(), *model.buffers())]
-        places = tuple([(weight.data_ptr(), weight.dtype, weight.shape, weight.stride()) for weight in weights])
-        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        identity = tuple([(id(model), getattr(model, "training", None)) for model in models])
-        surroundings = (identity, places, autocast, forced_backend(), *settings)
-
         def replayed(*inputs):
-            key = surroundings, tuple([t if t is None else (t.shape, t.dtype, t.device) for t in inputs])
-            captured = self._captured.pop(key, None) or self._record(step, inputs)
+            key = settings, tuple([t if t is None else (t.shape, t.dtype, t.device) for t in inputs])
+            captured = self._captured.pop(key, None) or self._record(step, inputs, max(self.keep, room))
             self._captured[key] = captured  # the newest, at the end
             return captured(*inputs)
 
         return replayed
 
-    def _record(self, step, inputs):
-        while len(self._captured) >= self.keep:  # first, so that its memory can be used
+    def _record(self, step, inputs, most):
+        while len(self._captured) >= most:  # first, so that its memory can be used
             self._captured.popitem(last=False)
         return Captured(step, inputs)
 

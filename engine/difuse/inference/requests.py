@@ -85,8 +85,11 @@ class Taken:
         return self.over
 
 
-def take(request, process, prediction, null, max_batch, device):
-    """The request as `Taken`; ValueError or TypeError if it cannot run. null: the null class, None without classes."""
+def take(request, process, prediction, null, max_batch, device, shape):
+    """The request as `Taken`; ValueError or TypeError if it cannot run.
+
+    null: the null class, None without classes. shape: an image's.
+    """
     if not isinstance(request, Request):
         raise TypeError(f"Engine: the request is {type(request).__name__}; expected a difuse.Request")
     try:
@@ -105,6 +108,7 @@ def take(request, process, prediction, null, max_batch, device):
             raise ValueError(f"Engine: {name} is {value!r}; expected a finite number that float32 can hold")
     if not isinstance(guidance, Guidance):
         guidance = Guidance(guidance)
+    guidance.check_shape("Engine", (1, *shape))
     if guidance.skip or guidance.weak:
         raise ValueError("Engine: guidance with skip or weak asks other models than the engine's; use difuse.sample")
     if request.eta and request.sampler != "ddim":
@@ -120,6 +124,10 @@ def take(request, process, prediction, null, max_batch, device):
                          "classes (num_classes); expected label=None and guidance=1")
     if guidance.needs_null and max_batch < 2:
         raise ValueError("Engine: guidance needs two rows; expected max_batch >= 2, or guidance=1")
+    for name in request.options:
+        if name not in ("clip", *sampler.options):
+            raise TypeError(f"Engine: option {name!r} is unknown to {sampler.name}; expected some of "
+                            f"{', '.join(('clip', *sampler.options))}")
     options = {**({"eta": request.eta} if request.sampler == "ddim" else {}), **request.options}
     labels = None if request.label is None else torch.tensor([request.label], device=device)
     program = sampler.program(process, request.steps, prediction, guidance, spacing=request.spacing, labels=labels,

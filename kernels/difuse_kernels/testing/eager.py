@@ -140,11 +140,18 @@ def gelu_tanh(x):
 
 
 def gram(inputs):
-    """A product and a sum for every pair, in float32."""
-    rows = [torch.ones_like(inputs[0], dtype=torch.float32), *(x.float() for x in inputs)]
-    over = tuple(range(1, inputs[0].dim()))
-    pairs = [(a * b).sum(over) if over else a * b for a in rows for b in rows]
-    return torch.stack(pairs, -1).reshape(-1, len(rows), len(rows))
+    """A sum for every input, a product and a sum for every pair, in float32."""
+    xs, over = [x.float() for x in inputs], tuple(range(1, inputs[0].dim()))
+
+    def total(x):
+        return x.sum(over) if over else x
+
+    sums = [total(x) for x in xs]
+    pairs = {(i, j): total(xs[i] * xs[j]) for i in range(len(xs)) for j in range(i, len(xs))}
+    first = torch.full_like(sums[0], inputs[0].shape[1:].numel())
+    rows = [[first, *sums]] + [[sums[i], *(pairs[min(i, j), max(i, j)] for j in range(len(xs)))]
+                               for i in range(len(xs))]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 def group_norm_act(x, groups, weight=None, bias=None, *, add=None, activation="none", eps=1e-5):

@@ -51,5 +51,6 @@ class _Langevin:
     snr: float
 
     def __call__(self, G):
-        e = 2 * self.snr**2 * G[:, 2, 2] / G[:, 1, 1]  # [B]
+        score, z = G[:, 1, 1], G[:, 2, 2]
+        e = 2 * self.snr**2 * z / (score + (score == 0)) * (score > 0)  # [B]; a score of zeros moves nothing
         return e, (2 * e) ** 0.5
