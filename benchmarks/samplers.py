@@ -13,8 +13,8 @@ from tqdm import tqdm
 import difuse
 from benchmarks.run import aligned, commit
 from difuse.demo import GUIDANCE
-from difuse.diffusion import SAMPLERS, VP, Flow, process_from_config
-from difuse.diffusion.flow_as_vp import FlowAsVP
+from difuse.diffusion import SAMPLERS, VESDE, VP, Flow, process_from_config
+from difuse.diffusion.flow_as_vp import FlowAsVE, FlowAsVP
 from difuse.evaluation import class_share, digit_classifier, frechet_distance
 from difuse.files import check_folder, write_atomically
 from difuse.training import ImageDataset, load_model
@@ -76,9 +76,9 @@ def setting(sampler, model, process, prediction, budget):
     """(network, calls, arguments of `difuse.sample`) with at most `budget` calls; None where nothing fits."""
     spacing = "log_snr"
     if isinstance(process, Flow) and not sampler.takes(process):
-        if not sampler.takes(VP()):
-            return None  # of variance exploding processes
-        model, process, prediction, spacing = FlowAsVP(model, VP()), VP(), "x0", None
+        seen, process = (FlowAsVP, VP()) if sampler.takes(VP()) else (FlowAsVE, VESDE())
+        model, prediction = seen(model, process), "x0"
+        spacing = None if sampler.takes(VP()) else "log_snr"
     elif sampler.name.startswith("flow"):
         spacing = None
     for steps in range(budget, 0, -1):

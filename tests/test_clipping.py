@@ -78,8 +78,8 @@ def test_an_engine_s_requests_and_sample_take_it():
     images = difuse.sample(model.eval(), [1], process=VP(), prediction="eps", clip=1.0, **settings)
     with difuse.Engine(model, process=VP(), prediction="eps") as engine:
         image = engine.submit(difuse.Request(1, 0, options={"clip": 1.0}, **settings)).result()
-        for options, message in (({"strength": 0.5}, "option .strength. is unknown to ddim; expected some of clip"),
-                                 ({"preview": True}, "option 'preview' is unknown")):
+        for options, message in (({"strength": 0.5}, "option 'strength' is unknown; did you mean 'eta'"),
+                                 ({"preview": True}, "option 'preview' is unknown; did you mean 'eta'")):
             with pytest.raises(TypeError, match=message):
                 engine.submit(difuse.Request(1, 0, options=options, **settings))
         with pytest.raises(ValueError, match="Engine: guidance per_token is 3 and the state has shape"):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from difuse.diffusion import VP, Flow, ddim, diffuse
-from difuse.diffusion.flow_as_vp import FlowAsVP
+from difuse.diffusion import VESDE, VP, Flow, ddim, diffuse
+from difuse.diffusion.flow_as_vp import FlowAsVE, FlowAsVP
 
 MEAN, STD = 0.3, 0.7
 
@@ -37,6 +37,14 @@ def test_it_predicts_the_posterior_mean_of_the_vp_path(schedule):
     expected = posterior_mean(x_t - alpha * y.reshape(-1, 1, 1, 1), alpha, sigma) + y.reshape(-1, 1, 1, 1)
     got = FlowAsVP(PerfectVelocity(), process)(x_t, t, y)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_it_predicts_the_posterior_mean_of_the_ve_path():
+    sigma, y = torch.tensor([0.01, 0.3, 1.0, 7.0, 50.0]), torch.tensor([0, 1, 2, 3, 4])
+    at, mean = sigma.double().reshape(-1, 1, 1, 1), y.reshape(-1, 1, 1, 1)
+    x_t = at * torch.randn(5, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = FlowAsVE(PerfectVelocity(), VESDE())(x_t, sigma, y)
+    torch.testing.assert_close(got, posterior_mean(x_t - mean, 1, at) + mean, rtol=1e-10, atol=1e-10)
 
 
 def test_ddim_through_it_follows_the_probability_flow():

@@ -1,4 +1,5 @@
-"""A flow-matching model where a VP sampler expects one: the two paths are the same lines at other scales and times."""
+"""A flow-matching model where a sampler expects VP or VE: the paths are the same lines at other scales and times."""
+import torch
 from torch import nn
 
 
@@ -17,10 +18,22 @@ class FlowAsVP(nn.Module):
         self.config, self.num_classes = model.config, model.num_classes
         self.training = model.training
 
+    def levels(self, t):
+        """(alpha, sigma) at what the process gives its networks for time: [B] float64."""
+        return self.process.alpha_sigma(t)
+
     def forward(self, x, t, y):
         """x [B,C,H,W], t [B] int64 of the VP process, y [B] -> x0 [B,C,H,W] in x's dtype."""
-        alpha, sigma = self.process.alpha_sigma(t)                                        # [B] float64
+        alpha, sigma = self.levels(t)                                                     # [B] float64
         flow_time = (sigma / (alpha + sigma)).to(x.dtype)                                 # [B]
         x_flow = x * (1 / (alpha + sigma)).to(x.dtype).reshape(-1, 1, 1, 1)               # [B,C,H,W]
         velocity = self.model(x_flow, 1000 * flow_time, y)[:, : x.shape[1]]               # [B,C,H,W]
         return x_flow - flow_time.reshape(-1, 1, 1, 1) * velocity                         # [B,C,H,W]
+
+
+class FlowAsVE(FlowAsVP):
+    """The same on the VE `process`, alpha = 1, whose networks are given sigma itself as time."""
+
+    def levels(self, t):
+        """(1, sigma)."""
+        return torch.ones_like(t, dtype=torch.float64), t.double()

@@ -71,6 +71,14 @@ class Sampler:
         """Whether the method is one for this process."""
         return isinstance(process, self._kinds)
 
+    def check_options(self, names):
+        """Raise TypeError for the first that is no option of the method's own, with the nearest that is."""
+        for name in names:
+            if name not in self.options:
+                near = difflib.get_close_matches(name, self.options, n=1, cutoff=0)
+                raise TypeError(f"{self.name}: option {name!r} is unknown; " + (
+                    f"did you mean {near[0]!r}? Expected {', '.join(self.options)}" if near else "it has none"))
+
     def program(self, process, steps, prediction, guidance=1.0, *, spacing=None, clip=None, labels=None, given=0,
                 strength=1.0, preview=False, **options):
         """The `Program` of a whole trajectory. Raises ValueError or TypeError for what does not fit together.
@@ -89,11 +97,7 @@ class Sampler:
             fits = "a variance preserving process; on Flow a network predicts 'flow'" if prediction == "v" else "EDM"
             raise ValueError(f"{self.name}: prediction {prediction!r} with {type(process).__name__}; it belongs to "
                              f"{fits}")
-        for name in options:
-            if name not in self.options:
-                near = difflib.get_close_matches(name, self.options, n=1, cutoff=0)
-                raise TypeError(f"{self.name}: option {name!r} is unknown; " + (
-                    f"did you mean {near[0]!r}? Expected {', '.join(self.options)}" if near else "it has none"))
+        self.check_options(options)
         if not isinstance(guidance, Guidance):
             guidance = Guidance(guidance)
         try:

@@ -20,9 +20,9 @@ class Graphs:
     """Recorded steps, at most `keep` of them, or as many as one call needs: the one used longest ago makes room.
 
     A step is recorded anew for another model, shape, dtype, autocast or `use_backend`, and where weights have moved to
-    other memory. It holds on to its models, and to the memory of one step. After a change that moves no weight, such as
-    a new hook, another active adapter or other precision switches of torch, call `clear()`. The buffers are shared by
-    all calls: use one Graphs from one thread and one stream at a time.
+    other memory since the last call: a callback must not move them. It holds on to its models, and to the memory of one
+    step. After a change that moves no weight, such as a new hook, another active adapter or other precision switches of
+    torch, call `clear()`. The buffers are shared by all calls: use one Graphs from one thread and one stream at a time.
     """
 
     def __init__(self, keep=4):

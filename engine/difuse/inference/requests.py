@@ -17,10 +17,10 @@ _MOST_STEPS = 10_000
 class Request:
     """One image. label: a class, None for a model without classes. seed: its noise, as `initial_noise` draws it.
 
-    sampler, steps, spacing, options: as for `difuse.sample`; eta: ddim's. guidance: classifier-free guidance w, 1 for
-    none, or a `Guidance` that asks for conditional and null answers alone; two rows of the model's batch. callback(
-    step, x [C,H,W]) is called after each step, on the engine's thread: every request waits for it, so it must not wait
-    for one.
+    sampler, steps, spacing, options, clip among them: as for `difuse.sample`; eta: ddim's. guidance: classifier-free
+    guidance w, 1 for none, or a `Guidance` that asks for conditional and null answers alone; two rows of the model's
+    batch. callback(step, x [C,H,W]) is called after each step, on the engine's thread: every request waits for it, so
+    it must not wait for one.
     """
 
     label: int | None
@@ -124,10 +124,7 @@ def take(request, process, prediction, null, max_batch, device, shape):
                          "classes (num_classes); expected label=None and guidance=1")
     if guidance.needs_null and max_batch < 2:
         raise ValueError("Engine: guidance needs two rows; expected max_batch >= 2, or guidance=1")
-    for name in request.options:
-        if name not in ("clip", *sampler.options):
-            raise TypeError(f"Engine: option {name!r} is unknown to {sampler.name}; expected some of "
-                            f"{', '.join(('clip', *sampler.options))}")
+    sampler.check_options(name for name in request.options if name != "clip")
     options = {**({"eta": request.eta} if request.sampler == "ddim" else {}), **request.options}
     labels = None if request.label is None else torch.tensor([request.label], device=device)
     program = sampler.program(process, request.steps, prediction, guidance, spacing=request.spacing, labels=labels,

@@ -48,10 +48,16 @@ class _Gram(torch.autograd.Function):
         return None, *ctx.implementation.backward(grad, ctx.saved_tensors, ctx.needs_input_grad[1:])
 
 
-def columns(grad):
-    """The gradients of the inputs as a step of the inputs and of 1: its coefficients [B,n,n+1], from G's gradient."""
+def dense(inputs):
+    """The inputs, copied where a sample does not lie in memory without gaps."""
+    return tuple([x if x.is_contiguous() or x[:1].is_contiguous() else x.contiguous() for x in inputs])
+
+
+def backward_step(grad, inputs):
+    """The gradients of the inputs as a sampler_step: of the inputs and of 1, with coefficients [B,n,n+1]."""
     both = grad + grad.mT  # [B,n+1,n+1]
-    return torch.cat((both[:, 1:, 1:], both[:, 1:, :1]), 2).float()
+    ones = torch.ones((), dtype=torch.float32, device=grad.device).expand(inputs[0].shape)
+    return (*inputs, ones), torch.cat((both[:, 1:, 1:], both[:, 1:, :1]), 2).float()
 
 
 def gram(inputs, *, backend="auto"):

@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from difuse_kernels.gram.gram import columns
+from difuse_kernels.checks import any_strides
+from difuse_kernels.gram.gram import backward_step, dense
 from difuse_kernels.sampler_step.sampler_step_triton import sampler_step_backward
 from difuse_kernels.triton_launch import architecture, launch, why_not_triton
 
@@ -58,13 +59,13 @@ def _total(found, G, count, entries, BLOCK: tl.constexpr):
 
 def unsupported(_op, inputs):
     """Why these inputs cannot run here, or None. Samples that are not dense are copied."""
-    return why_not_triton([x if x.stride(-1) == 1 else x[..., :1] for x in inputs])
+    return why_not_triton(any_strides(inputs))
 
 
 def gram_forward(inputs):
     """G [B,n+1,n+1], float64."""
     (B, *shape), device, side = inputs[0].shape, inputs[0].device, len(inputs) + 1
-    inputs = tuple([x if x.is_contiguous() or x[:1].is_contiguous() else x.contiguous() for x in inputs])
+    inputs = dense(inputs)
     n = torch.Size(shape).numel()
     config, config_total = blocks(architecture(inputs[0]))
     count = triton.cdiv(n, config.BLOCK)
@@ -77,7 +78,7 @@ def gram_forward(inputs):
 
 def gram_backward(grad, inputs, needs):
     """Gradients of the inputs, contiguous; None where not needed: a sampler_step of them and of 1."""
-    ones = torch.ones((), dtype=torch.float32, device=grad.device).expand(inputs[0].shape)
-    dtypes, wanted = [x.dtype for x in inputs], tuple(needs)
+    dtypes = [x.dtype for x in inputs]
+    inputs, coefficients = backward_step(grad, inputs)
     # the backward of a step whose outputs were the inputs and 1: it multiplies by the transposed coefficients
-    return sampler_step_backward((*inputs, ones), columns(grad).mT, dtypes, wanted)
+    return sampler_step_backward(inputs, coefficients.mT, dtypes, needs)

@@ -4,6 +4,8 @@ Kernels: csrc/sampler_step/sampler_step_cpu.cpp, sampler_step_cuda.cu.
 """
 import torch
 
+from difuse_kernels.checks import any_strides
+
 
 class Launchers:
     """The functions of one backend; `machine` is native.py or native_cuda.py."""
@@ -18,10 +20,7 @@ class Launchers:
             return "the inputs have more than 8 dimensions"
         if tensors[-1].requires_grad and torch.is_grad_enabled():
             return "the coefficients need a gradient; .detach() them unless it is wanted"
-        if self.machine.unsupported(tensors) is None:
-            return None
-        # strides are free here: a tensor with a strided last dimension is as good as its first column
-        return self.machine.unsupported([x if x.stride(-1) == 1 else x[..., :1] for x in tensors])
+        return self.machine.unsupported(tensors) and self.machine.unsupported(any_strides(tensors))
 
     def sampler_step_forward(self, inputs, coefficients, noise, out_dtypes):
         """A tuple of outputs, one per row of the coefficients."""

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from difuse_kernels.checks import any_strides
 from difuse_kernels.triton_launch import architecture, launch, why_not_triton
 
 
@@ -156,8 +157,7 @@ def unsupported(_op, inputs):
     *tensors, _ = inputs
     if tensors[-1].requires_grad and torch.is_grad_enabled():
         return "the coefficients need a gradient; .detach() them unless it is wanted"
-    # strides are free here: a tensor with a strided last dimension is as good as its first column
-    return why_not_triton([x if x.stride(-1) == 1 else x[..., :1] for x in tensors])
+    return why_not_triton(any_strides(tensors))
 
 
 def sampler_step_forward(inputs, coefficients, noise, out_dtypes):
