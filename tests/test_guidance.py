@@ -8,9 +8,11 @@ import torch
 
 from difuse.diffusion import APG, SAMPLERS, VESDE, VP, VPSDE, Flow, Guidance, Previews, skip_layers
 from difuse.diffusion.method import record
+from difuse.diffusion.methods.sde import _Langevin
 from difuse.diffusion.program import Call, Done, Map, Weigh
 from difuse.diffusion.run import Run
 from difuse.models import DiT
+from difuse_kernels import gram
 from tests.mixture import WEIGHTS, log_density, smooth, trajectory
 
 NULL = torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64) / 3
@@ -232,6 +234,11 @@ def test_a_score_of_zeros_takes_no_langevin_step():
     x = SAMPLERS["predictor_corrector"](lambda x, t: torch.zeros_like(x), noise, process=VESDE(), steps=3,
                                         prediction="score", generators=generators)
     assert x.isfinite().all()
+    z, scores = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([[0.0], [2.0]]).expand(2, 5)
+    e, root = (torch.as_tensor(weight) for weight in _Langevin(0.2)(gram((scores, z)).numpy()))
+    expected = 2 * (0.2 * z[1].double().norm() / 20**0.5) ** 2
+    torch.testing.assert_close(e, torch.stack((0 * expected, expected)))
+    torch.testing.assert_close(root, (2 * e).sqrt())
 
 
 def test_tokens_must_fit():
